@@ -174,7 +174,7 @@ def delete(entry: Entry) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder; it is renamed first, so that nobody finds a half of it."""
+    """Delete a folder. It is renamed first, so that no process finds it incomplete."""
     hidden = folder.with_name(f".{folder.name.lstrip('.')}-{os.getpid()}-deleted")
     with suppress(OSError):
         folder.rename(hidden)

@@ -74,7 +74,7 @@ class Chat:
 
     @property
     def forms(self) -> dict[str, Rung]:
-        """By endpoint name, the strictest form of structured replies that the endpoint has not refused."""
+        """The strictest form of structured replies that each endpoint has not refused, by endpoint name."""
         return {connection.endpoint.name: connection.form for connection in self._connections}
 
     @property

@@ -57,7 +57,8 @@ RedisPasswordFile = Annotated[
 ]
 
 
-def _expanded_if_given(path: Path | None) -> Path | None:
+def expanded_if_given(path: Path | None) -> Path | None:
+    """Return the path with a leading ~ expanded; None if the option was not given."""
     return None if path is None else expanded(path)
 
 
@@ -140,7 +141,7 @@ class ChoiceFlags:
     rates: Annotated[
         Path | None,
         typer.Option(
-            help="File of rates: a search's best.json, or any JSON file with `rates`.", callback=_expanded_if_given
+            help="File of rates: a search's best.json, or any JSON file with `rates`.", callback=expanded_if_given
         ),
     ] = None
 

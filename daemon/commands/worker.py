@@ -13,15 +13,10 @@ from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError
 from protocol.queue.connection import password_of
 from protocol.runtime import logs
-from protocol.runtime.paths import expanded
 
 REST_SECONDS = 300.0
 """Seconds that a worker with --stay waits after an error that may pass by itself. It then exits to be restarted."""
 _SET_BY_USER = ("COMMANDLINE", "ENVIRONMENT")
-
-
-def _expanded(path: Path | None) -> Path | None:
-    return None if path is None else expanded(path)
 
 
 def worker(
@@ -54,7 +49,8 @@ def worker(
         typer.Option(help="Exit after this time without a candidate, not counting pauses."),
     ] = None,
     alive_file: Annotated[
-        Path | None, typer.Option(help="A file to touch every five seconds, for liveness probes.", callback=_expanded)
+        Path | None,
+        typer.Option(help="A file to touch every five seconds, for liveness probes.", callback=flags.expanded_if_given),
     ] = None,
     stay: Annotated[
         bool,

@@ -18,7 +18,7 @@ from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.plans.shape import ModelShape
-from protocol.queue.connection import UNREACHABLE_ERRORS, check_server, connect, permanent_error
+from protocol.queue.connection import check_server, connect, permanent_error
 from protocol.results.needs import DeviceSpeed, Needs
 
 State = Literal["ok", "warning", "error", "unknown"]
@@ -170,11 +170,9 @@ async def _redis(url: str) -> Finding:
             await check_server(redis)
     except SelfPrunerError as error:
         return Finding("Redis", "error", str(error))
-    except (TimeoutError, *UNREACHABLE_ERRORS) as error:
-        refusal = permanent_error(error) if isinstance(error, Exception) else None
-        return Finding("Redis", "error", str(refusal or f"redis.url cannot be reached: {error or 'no answer'}"))
-    except Exception as error:  # noqa: BLE001  (whatever answers there is not our server)
-        return Finding("Redis", "error", str(permanent_error(error) or error))
+    except Exception as error:  # noqa: BLE001  (anything may answer there)
+        refusal = permanent_error(error) or f"redis.url cannot be reached: {error or 'no answer'}"
+        return Finding("Redis", "error", str(refusal))
     finally:
         await redis.aclose()
     return Finding("Redis", "ok", "the server answers and can keep a search")

@@ -22,9 +22,9 @@ ASKED_AGAIN = (1.0, 1.15, 1.6)
 REPLY_LENGTH = (0.5, 0.8, 4.0)
 """Tokens of a reply divided by those that its form needs; models that reason first take the most."""
 TOKENS_PER_SECOND = (120.0, 60.0, 15.0)
-"""Of the replies of an endpoint that was not asked."""
+"""How fast an endpoint that was not asked writes its replies."""
 SENSITIVITY_TOKENS = 1024
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Tokens on which a worker measures the sensitivity of each unit (gpu_worker/models/limits.py)."""
 TOKENS_OF_TEXTS: dict[tuple[str, Role], int] = {("wikitext2", "fitness"): 270_000, ("wikitext2", "report"): 335_000}
 """About as many tokens as whole splits have, for texts that cannot be read here."""
 UNKNOWN_TOKENS = 300_000
@@ -81,7 +81,7 @@ class Work:
     solving: float
     preparation: float
     products: float
-    """Of the preparation, in fp32: the products of inputs for least squares."""
+    """The part of the preparation that least squares needs: products of inputs, in fp32."""
     read: float
     """Bytes that writing the model's own text reads."""
 

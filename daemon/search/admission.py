@@ -13,6 +13,8 @@ from daemon.settings.search import SearchSettings
 from protocol.errors import BudgetError
 from protocol.plans.candidate import Candidate, Measured, Provenance, Race, Text, candidate_id
 from protocol.plans.plan import Plan
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import SearchSpec
 from protocol.queue.streams import CandidateQueue
 
 log = structlog.get_logger()
@@ -31,8 +33,7 @@ class Admission:
         """
         spec, shape = self._state.spec, self._state.profile.shape
         try:
-            feasible = spec.feasible(tuple(rates), shape)
-            plan = spec.plan(feasible, shape)
+            feasible, plan = planned(spec, shape, rates)
         except BudgetError as error:
             return Refused(str(error))
         id_ = candidate_id(plan, spec.fingerprint)
@@ -63,6 +64,12 @@ class Admission:
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
         log.debug("candidate_enqueued", candidate=candidate.id, **candidate.provenance.log_fields)
+
+
+def planned(spec: SearchSpec, shape: ModelShape, rates: Sequence[float]) -> tuple[tuple[float, ...], Plan]:
+    """Return the feasible rates nearest to raw `rates` (one per unit), and their plan. Raises BudgetError."""
+    feasible = spec.feasible(tuple(rates), shape)
+    return feasible, spec.plan(feasible, shape)
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:

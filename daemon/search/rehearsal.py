@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from agents.llm.endpoint import Answer, ChatClient, Question
 from agents.population.view import KNOWN_ALREADY, Accepted, Refused, View
+from daemon.search.admission import planned
 from daemon.search.make_agents import make_agents
 from daemon.search.roles import Agents
 from daemon.search.snapshot import view_of_round
@@ -25,7 +26,7 @@ from protocol.plans.shape import ModelShape
 REHEARSED_ROUNDS = 4
 """Rounds that are played; the others are assumed to be like their mean."""
 CHARACTERS_PER_TOKEN = 3.5
-"""Of prompts with many numbers; English text alone has 4 to 5."""
+"""Characters per token of prompts with many numbers; English text alone has 4 to 5."""
 UNANSWERED = "this is a rehearsal"
 SENSITIVITY = 0.02
 """Nats per token that pruning one unit costs, as in small models."""
@@ -175,8 +176,7 @@ class _Stage:
         state = self._state
         spec, shape = state.spec, state.profile.shape
         try:
-            feasible = spec.feasible(tuple(rates), shape)
-            plan = spec.plan(feasible, shape)
+            feasible, plan = planned(spec, shape, rates)
         except BudgetError as error:
             return Refused(str(error))
         id_ = candidate_id(plan, spec.fingerprint)

@@ -37,9 +37,9 @@ def ran(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
-    dice = random.Random(0)
+    generator = random.Random(0)
     words = ("river", "house", "green", "over", "it", "was", "many", "people", "garden", "while", "rain", "fell")
-    (folder / "text.txt").write_text(" ".join(dice.choices(words, k=20_000)))
+    (folder / "text.txt").write_text(" ".join(generator.choices(words, k=20_000)))
     text = folder / "text.txt"
     ran(
         *("export", "--model", "smollm2", "--allocate", "first-layer", "--rate", 0.2, "--out", folder / "small"),
