@@ -13,8 +13,8 @@ functions do what the commands of the same names do. They can be called while an
 from daemon.monitor.follower import Progress
 from daemon.monitor.summary import Summary
 from protocol.errors import SelfPrunerError, UsageError
-from protocol.results.commands import ExportResult, PruneResult
-from selfpruner.models import load
+from protocol.results.commands import ExportResult, PruneResult, PushResult
+from selfpruner.models import load, push
 from selfpruner.runs import Run, run
 from selfpruner.searches import prune, search
 
@@ -22,12 +22,14 @@ __all__ = [
     "ExportResult",
     "Progress",
     "PruneResult",
+    "PushResult",
     "Run",
     "SelfPrunerError",
     "Summary",
     "UsageError",
     "load",
     "prune",
+    "push",
     "run",
     "search",
 ]

@@ -1,9 +1,11 @@
-"""Pruned models, loaded."""
+"""Pruned models: loaded, and uploaded."""
 
 from pathlib import Path
 from typing import Any
 
+from protocol.results.commands import PushResult
 from protocol.runtime import logs
+from protocol.runtime.paths import expanded
 
 
 def load(folder: str | Path, *, dtype: str = "bfloat16") -> tuple[Any, Any]:
@@ -18,3 +20,15 @@ def load(folder: str | Path, *, dtype: str = "bfloat16") -> tuple[Any, Any]:
     with logs.silent():
         loaded = load_model(str(folder), dtype)
     return loaded.causal_lm, loaded.tokenizer
+
+
+def push(folder: str | Path, repository: str, *, public: bool = False, license: str | None = None) -> PushResult:  # noqa: A002 (the Hub's name for it)
+    """Upload an exported folder to `USER/NAME` on the Hugging Face Hub, created if it is missing, private at first.
+
+    `license` is the base model's, for the card. Needs a token that may write, in HF_TOKEN or from `hf auth login`.
+    Raises UsageError for what is no export, an invalid name, or no token; SelfPrunerError if the hub refuses.
+    """
+    from gpu_worker.export.push import push_once
+
+    with logs.silent():
+        return push_once(expanded(Path(folder)), repository, public=public, license_=license)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon.commands import flags
+from daemon.commands.gpu_workers import work_on_gpus
 from daemon.http_api.stay import stay_after_error
 from daemon.settings.packages import need
 from daemon.settings.sources import load
@@ -41,6 +42,9 @@ def worker(
     own_gpu: Annotated[
         bool, typer.Option("--own-gpu", help="Use one GPU that no other worker on this machine uses.")
     ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Run this many workers, each on one GPU that no other worker uses.")
+    ] = None,
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", help="Exit once the search ends, to free the GPU.")
     ] = False,
@@ -60,8 +64,11 @@ def worker(
         ),
     ] = False,
 ) -> None:
-    """Prune and measure candidates of a search. Start one worker per GPU."""
+    """Prune and measure candidates of a search. Start one worker per GPU, or use --gpus."""
     need("torch", "worker")
+    from gpu_worker.worker.options import worker_options
+    from gpu_worker.worker.worker import run_worker
+
     values = {
         "search": search,
         "redis_url": redis_url,
@@ -76,7 +83,12 @@ def worker(
         "alive_file": alive_file,
     }
     try:
-        _work({**values, **_from_config(config, context)} if config else values)
+        options = worker_options(**{**values, **_from_config(config, context)} if config else values)
+        logs.configure(stream=logs.service_stream(), secrets=password_of(options.redis_url), search=options.search)
+        if gpus is None:
+            asyncio.run(run_worker(options))
+        else:
+            raise typer.Exit(work_on_gpus(gpus, _given_flags(context)))
     except SelfPrunerError as error:
         if stay:
             # Only invalid settings are permanent. A hub, a driver or memory may be available at the next start.
@@ -107,10 +119,14 @@ def _from_config(config: Path, context: typer.Context) -> dict[str, Any]:
     }
 
 
-def _work(values: dict[str, Any]) -> None:
-    from gpu_worker.worker.options import worker_options
-    from gpu_worker.worker.worker import run_worker
-
-    options = worker_options(**values)
-    logs.configure(stream=logs.service_stream(), secrets=password_of(options.redis_url), search=options.search)
-    asyncio.run(run_worker(options))
+def _given_flags(context: typer.Context) -> list[str]:
+    """Return the flags of this command line for one of several workers."""
+    flags = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source and source.name == "COMMANDLINE" and parameter.name not in ("gpus", "own_gpu"):
+            flags.append(parameter.opts[0])
+            value = context.params[parameter.name or ""]
+            if value is not True:
+                flags.append(str(value))
+    return flags

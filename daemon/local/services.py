@@ -89,6 +89,8 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
     command += ["--max-preparation-seconds", str(settings.worker.max_preparation_seconds)]
     command += ["--log-file", str(settings.folder / "log.jsonl")]
+    if settings.worker.count > 1:
+        command.append("--own-gpu")
     if not console:
         command.append("--quiet")
     options: dict[str, Any] = {

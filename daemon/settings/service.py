@@ -35,7 +35,7 @@ class WorkerSettings(Section):
     """Workers and their time limits."""
 
     count: PositiveInt = 1
-    """Number of workers that `selfpruner run` starts."""
+    """Number of workers that `selfpruner run` starts. Several take one GPU each, on a machine with GPUs."""
     lease_seconds: float = Field(default=30.0, ge=LEAST_LEASE_SECONDS, le=MOST_SECONDS)
     """Seconds without a heartbeat after which a worker's job is given to another worker."""
     max_evaluation_seconds: float = Field(default=1800.0, gt=0, le=MOST_SECONDS)

@@ -1,10 +1,14 @@
 """Loads GGUF files as target models: converts each file once to a normal checkpoint in the cache."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gguf
 import torch
 import transformers
 from gguf import GGUFReader
@@ -54,9 +58,8 @@ class GgufHeader:
     """Divisors of the rotary frequencies, as in Llama 3.1; empty if there are none."""
 
     @classmethod
-    def of(cls, file: Path) -> "GgufHeader":
-        """Read the header of `file`. Raises ValueError if it is not a GGUF file."""
-        reader = open_gguf(file)
+    def of(cls, reader: GGUFReader) -> "GgufHeader":
+        """Return the header of an open GGUF file."""
         architecture = _text(reader, "general.architecture")
         scaling = _text(reader, f"{architecture}.rope.scaling.type")
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -85,8 +88,8 @@ def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
     def sentence(error: Exception) -> str:
         return f"the GGUF file {str(file)!r} cannot be unpacked ({reason(error)}); pass the model's folder"
 
-    with reading(sentence):
-        header = GgufHeader.of(file)
+    with reading(sentence), _read_once(file) as reader:
+        header = GgufHeader.of(reader)
         _check(file, header, dtype)
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         config = transformers.AutoConfig.from_pretrained(**place)
@@ -94,6 +97,19 @@ def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
         _restore_rope(file, header, config)
         _plain_model(file, config, dtype).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+@contextmanager
+def _read_once(file: Path) -> Iterator[GGUFReader]:
+    """Yield a reader of `file`, which transformers uses too in this context. Raises ValueError for no GGUF file.
+
+    transformers reads the header anew for the config, the weights and the tokenizer, and each time takes seconds for
+    the vocabulary; it also computes the same names of tensors for each of its modules.
+    """
+    reader = open_gguf(file)
+    names = cache(gguf.get_tensor_name_map)
+    with patch.object(gguf, "GGUFReader", lambda _: reader), patch.object(gguf, "get_tensor_name_map", names):
+        yield reader
 
 
 def _check(file: Path, header: GgufHeader, dtype: torch.dtype) -> None:

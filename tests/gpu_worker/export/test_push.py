@@ -33,14 +33,17 @@ def exported(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def pushed(hub: Hub, *arguments: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-    """Run the command; the hub's address is read when its library is imported."""
+def on(hub: Hub, token: str | None = TOKEN) -> dict[str, str]:
+    """The environment of a process that uses `hub`."""
     changed = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "/nonexistent"}
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")} | changed
-    if token is not None:
-        environment["HF_TOKEN"] = token
+    return environment if token is None else environment | {"HF_TOKEN": token}
+
+
+def pushed(hub: Hub, *arguments: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    """Run the command; the hub's address is read when its library is imported."""
     command = [sys.executable, "-m", "daemon", "push", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=on(hub, token), capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_folder_is_uploaded_whole_to_a_private_repository(hub: Hub, exported: Path) -> None:
@@ -58,6 +61,12 @@ def test_a_folder_is_uploaded_whole_to_a_private_repository(hub: Hub, exported: 
     assert result["metrics"][0]["type"] == "perplexity" and result["dataset"]["name"] == "data.txt (fitness text)"
     assert 'from_pretrained("me/small-model"' in card
     assert str(exported.parent) not in card
+
+
+def test_a_program_pushes_as_the_command_does(hub: Hub, exported: Path) -> None:
+    program = f"import selfpruner; print(selfpruner.push({str(exported)!r}, 'me/by-program').url)"
+    done = subprocess.run([sys.executable, "-c", program], env=on(hub), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{hub.url}/me/by-program" and hub.private == {"me/by-program": True}
 
 
 def test_a_second_push_changes_what_is_there_and_public_is_asked_for(hub: Hub, exported: Path) -> None:

@@ -1,7 +1,9 @@
 """Workers of one machine that see all GPUs take one each."""
 
 import asyncio
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 from gpu_worker.worker import gpu_lock as own_gpu
 from gpu_worker.worker.gpu_lock import take_gpu, visible_gpus
 from protocol.errors import UsageError
+from tests.support.cli import Cli
 from tests.support.root import ROOT
-from tests.support.servers import eventually
+from tests.support.servers import Server, eventually
 
 THREE = "GPU-a, 1000\\nGPU-b, 80000\\nGPU-c, 2000\\n"
 
@@ -65,6 +68,32 @@ async def test_each_worker_takes_another_gpu_until_none_is_left_and_a_dead_one_g
         for worker in workers:
             worker.kill()
             worker.communicate()
+
+
+@pytest.mark.one_server
+def test_one_command_starts_a_worker_on_each_gpu_and_a_signal_ends_them_all(server: Server) -> None:
+    command = [sys.executable, "-m", "daemon", "worker", "--gpus", "2", "--redis-url", server.url, "--search", "none"]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    lines = [json.loads(started.stdout.readline()) for _ in range(4)]
+    assert sorted(line["gpu"] for line in lines if line["event"] == "gpu_taken") == ["GPU-b", "GPU-c"]
+    assert sum(line["event"] == "waiting_for_search" for line in lines) == 2
+    workers = psutil.Process(started.pid).children()
+    started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=30)
+    assert started.returncode == 0 and not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.one_server
+def test_workers_on_gpus_give_their_worst_exit_code(server: Server, nvidia_smi: Path, cli: Cli) -> None:
+    assert cli.error("worker", "--gpus", 4) == "--gpus 4 is more than the 3 GPUs that this machine shows"
+    another = another_worker()
+    assert another.stdout is not None and another.stdout.readline()
+    flags = ["--redis-url", server.url, "--search", "none", "--idle-seconds", "0"]
+    assert cli.run("worker", "--gpus", 2, *flags)[0] == 0
+    assert cli.run("worker", "--gpus", 3, *flags)[0] == 2  # the other worker has one of the three
+    another.kill()
+    another.communicate()
 
 
 async def test_the_gpu_with_most_free_memory_comes_first(nvidia_smi: Path) -> None:
