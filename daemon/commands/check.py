@@ -15,7 +15,7 @@ from rich.text import Text
 from daemon.commands import flags
 from daemon.commands.output import print_result
 from daemon.settings.packages import need
-from daemon.settings.sources import load
+from daemon.settings.sources import load_or_quickstart
 from protocol.errors import SettingsError
 from protocol.runtime import logs
 
@@ -26,7 +26,7 @@ COLOURS: "dict[State, str]" = {"ok": "green", "warning": "yellow", "error": "red
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="YAML file of settings.")],
+    config: Annotated[Path | None, typer.Argument(help="YAML file of settings; quickstart.yaml by default.")] = None,
     set_: flags.Set = None,
     gpu: Annotated[
         str | None, typer.Option(help="Estimate for this GPU, such as `h100`, instead of for this machine.")
@@ -42,7 +42,7 @@ def check(
 
     Loads no weights, but unpacks a GGUF file, as a search does. Exit code 2 if something must be put right first.
     """
-    settings = load(config, set_ or [])
+    settings = load_or_quickstart(config, set_ or [])
     need("torch", "worker")
     logs.configure(level="ERROR")
     from daemon.launch.check import check as check_search
@@ -68,7 +68,9 @@ def check(
         )
     print_result(report.record, json_, lambda: _tables(report))
     if report.errors:
-        raise SettingsError(f"{config}: put this right before the search: {', '.join(report.errors)}")
+        raise SettingsError(
+            f"{config or 'quickstart.yaml'}: put this right before the search: {', '.join(report.errors)}"
+        )
 
 
 def _tables(report: "Report") -> Iterator[RenderableType]:

@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from daemon.commands.output import print_json, stdout_console
 from daemon.http_api.stay import stay_after_end, stay_after_error
 from daemon.launch.run import run_daemon, run_here
 from daemon.monitor.summary import Summary, show
-from daemon.settings.sources import load
+from daemon.settings.sources import load, load_or_quickstart
 from protocol.errors import SelfPrunerError
 from protocol.runtime import logs
 
@@ -27,9 +26,7 @@ def run(
     json_: flags.Json = False,
 ) -> None:
     """Search on this machine: starts an embedded Valkey, a local LLM, a worker and the daemon."""
-    with as_file(files("configs") / "quickstart.yaml") as quickstart:
-        settings = load(config or quickstart, set_ or [])
-    summary, interrupted = run_here(settings)
+    summary, interrupted = run_here(load_or_quickstart(config, set_ or []))
     raise typer.Exit(_finish(summary, interrupted, _print_json if json_ else _print_table))
 
 

@@ -82,8 +82,10 @@ class Work:
     preparation: float
     products: float
     """The part of the preparation that least squares needs: products of inputs, in fp32."""
+    writing: float
+    """The operations of writing the model's own text, which `preparation` does not count."""
     read: float
-    """Bytes that writing the model's own text reads."""
+    """Bytes of weights that writing it reads."""
 
     @classmethod
     def of(cls, spec: SearchSpec, needs: Needs) -> "Work":
@@ -99,6 +101,7 @@ class Work:
         units = len(shape.units(spec.granularity))
         report = 3 * tokens.get("report", 0) * whole
         own = [text for text in spec.texts.values() if text.source == "self"]
+        steps = -(-sum(text.windows or 0 for text in own) // needs.texts_together) * spec.fitness.seqlen
         return cls(
             per_token=kept * decoder + 2 * needs.head_parameters,
             tokens=tokens["fitness"],
@@ -109,7 +112,8 @@ class Work:
             + report
             + units * SENSITIVITY_TOKENS * (decoder / 2 + 2 * needs.head_parameters),
             products=sum(tokens["calibration"] * n * n for n in widths) if fitted else 0.0,
-            read=sum((text.windows or 0) * text.seqlen for text in own) / 16 * needs.weight_bytes,
+            writing=sum((text.windows or 0) * text.seqlen for text in own) * whole,
+            read=steps * needs.weight_bytes,
         )
 
 
@@ -173,16 +177,18 @@ def expected_cost(
     search, workers = settings.search, max(1, settings.worker.count)
     work = Work.of(settings.spec(), needs)
     shares = SHARES_OF_MEASURED if speed.is_measured else SHARES_OF_PEAK
-    multiplying, solving, preparing, products = (
+    multiplying, solving, preparing, products, computing = (
         Range(*(amount / (rate * share) for share in shares))
         for amount, rate in (
             (work.evaluation, speed.multiply),
             (work.solving, speed.solve),
             (work.preparation, speed.multiply),
             (work.products, speed.solve),
+            (work.writing, speed.multiply),
         )
     )
-    writing = Range(*(work.read / (speed.read * share) for share in SHARES_OF_MEMORY))
+    reading = Range(*(work.read / (speed.read * share) for share in SHARES_OF_MEMORY))
+    writing = Range(*map(max, vars(computing).values(), vars(reading).values()))
     prepared, evaluation = preparing + products + writing, multiplying + solving
     measuring = evaluation * ((search.planned + 1) / workers)
     rounds = (search.planned - search.population) / max(1, search.mutations + search.crossovers)
@@ -195,7 +201,8 @@ def expected_cost(
         f"least squares: {_flop(work.solving)} in fp32 at {_flop(speed.solve)}/s: {_time(solving)} more",
         f"preparation: {_flop(work.preparation)}, once per model and text: {_time(preparing)}",
         f"products for least squares: {_flop(work.products)} in fp32, once: {_time(products)}",
-        f"writing text: reads {work.read / 1e9:,.3g} GB of weights at {speed.read / 1e9:,.3g} GB/s: {_time(writing)}",
+        f"writing text: {_flop(work.writing)} ({_time(computing)}), or reading {work.read / 1e9:,.3g} GB of weights at "
+        f"{speed.read / 1e9:,.3g} GB/s ({_time(reading)}), whichever takes longer",
         f"measuring: {search.planned} candidates and uniform pruning, "
         f"{workers} worker{'s' * (workers > 1)}: {_time(measuring)}",
         *asking.lines,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -19,6 +20,12 @@ from daemon.settings.errors import unknown, validation_sentence
 from daemon.settings.service import HttpSettings
 from daemon.settings.settings import ENV_PREFIX, Settings, setting_names
 from protocol.errors import SettingsError
+
+
+def load_or_quickstart(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Load settings as `load` does; without a `config`, from quickstart.yaml."""
+    with as_file(files("configs") / "quickstart.yaml") as quickstart:
+        return load(config or quickstart, overrides)
 
 
 def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:

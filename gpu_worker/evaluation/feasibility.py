@@ -6,7 +6,14 @@ from torch import Tensor
 from gpu_worker.measuring.corpora import load_roles
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel, load_without_weights
-from gpu_worker.models.memory import Machine, Workload, estimate_memory, main_memory, this_machine
+from gpu_worker.models.memory import (
+    Machine,
+    Workload,
+    estimate_memory,
+    generation_batch_size,
+    main_memory,
+    this_machine,
+)
 from gpu_worker.models.placement import place
 from gpu_worker.models.published import published_decoder
 from protocol.errors import DataError, ModelError
@@ -30,6 +37,7 @@ def find_needs(spec: SearchSpec, gpu: DeviceSpeed | None = None, gpus: int = 1) 
         return Needs(model_error=error)
     machine = this_machine() if gpu is None else Machine((gpu.memory,) * gpus, main_memory())
     windows, texts_error = _windows(spec, model, longest)
+    size = getattr(torch, spec.dtype).itemsize
     needs = {
         "shape": decoder.shape,
         "head_parameters": decoder.head.weight.numel(),
@@ -37,7 +45,8 @@ def find_needs(spec: SearchSpec, gpu: DeviceSpeed | None = None, gpus: int = 1) 
         "model_error": error,
         "windows": windows,
         "texts_error": texts_error,
-        "weight_bytes": decoder.shape.total_parameters * getattr(torch, spec.dtype).itemsize,
+        "weight_bytes": decoder.shape.total_parameters * size,
+        "texts_together": generation_batch_size(decoder.shape, size, spec.fitness.seqlen),
     }
     return Needs(**needs, **_memory(spec, decoder, machine))
 

@@ -27,6 +27,8 @@ class Needs(Value):
     gpus: int = 0
     """GPUs that the model is spread over; 0 on a CPU."""
     weight_bytes: int = 0
+    texts_together: int = 1
+    """Texts that the model writes at once."""
 
 
 class DeviceSpeed(Value):

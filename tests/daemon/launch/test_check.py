@@ -24,6 +24,8 @@ NEEDS = Needs(
 )
 SPEED = DeviceSpeed(name="a device", multiply=1e12, solve=1e11, read=1e10, memory=10**10, is_measured=True)
 
+SLOW = SPEED.model_copy(update={"multiply": 1e6})
+
 
 async def checked(settings: Settings, needs: Needs = NEEDS) -> Report:
     return await check(settings, lambda: needs, lambda: SPEED)
@@ -158,6 +160,20 @@ def test_a_search_with_twice_the_windows_measures_twice_as_long(tmp_path: Path) 
     twice = NEEDS.model_copy(update={"windows": {"calibration": 4, "fitness": 4}})
     one, two = (expected_cost(settings, needs, SPEED, None).seconds_per_evaluation for needs in (NEEDS, twice))
     assert two.expected == pytest.approx(2 * one.expected) and one.least < one.expected < one.most
+
+
+def test_texts_that_are_written_together_take_less_time_until_computing_takes_longer_than_reading(
+    tmp_path: Path,
+) -> None:
+    texts = ["data.calibration=self", "data.fitness=self", "data.calibration_windows=56", "data.fitness_windows=8"]
+    settings = load(
+        None, ["search.name=checked", "target.model=m", "target.rate=0.3", f"run.folder={tmp_path}", *texts]
+    )
+    hours = [
+        expected_cost(settings, NEEDS.model_copy(update={"texts_together": n}), speed, None).preparation_hours.expected
+        for n, speed in ((1, SPEED), (16, SPEED), (64, SPEED), (1, SLOW), (64, SLOW))
+    ]
+    assert hours[0] > hours[1] > hours[2] and hours[3] == hours[4] > hours[0]
 
 
 def test_money_is_tokens_times_price(tmp_path: Path) -> None:
