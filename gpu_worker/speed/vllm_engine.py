@@ -30,6 +30,7 @@ from gpu_worker.speed.transformers_engine import TransformersRunner, random_prom
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
 from protocol.errors import ModelError
 from protocol.results.speeds import ModelSize
+from protocol.runtime import logs
 
 MEMORY_SHARE = 0.84
 """Fraction of the free GPU memory for both models and KV caches. vLLM needs the rest for CUDA graphs."""
@@ -278,7 +279,8 @@ def _read_sizes(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int
 
 
 def _sizes_in_transformers(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
-    with open_transformers_pair(request) as pair:
+    # By default structlog prints to stdout, where the command prints its result.
+    with logs.silent(), open_transformers_pair(request) as pair:
         dense, pruned = pair.dense, pair.pruned
         assert isinstance(dense, TransformersRunner)
         for runner in (dense, pruned):
