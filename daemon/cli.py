@@ -16,6 +16,7 @@ from daemon.commands.flags import FLAG_ERROR, flag_sentence
 from daemon.commands.init import init
 from daemon.commands.prune import prune
 from daemon.commands.push import push
+from daemon.commands.report import report
 from daemon.commands.run import daemon, run
 from daemon.commands.speed import speed
 from daemon.commands.worker import worker
@@ -42,6 +43,7 @@ for command in (
     control.pause,
     control.resume,
     control.stop,
+    report,
     pruning.export,
     push,
     finetune,

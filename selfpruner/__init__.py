@@ -10,6 +10,7 @@ Only the names listed in `__all__` are public; every other module of this projec
 functions do what the commands of the same names do. They can be called while an event loop runs, as in a notebook.
 """
 
+from daemon.monitor.drawing import Drawing
 from daemon.monitor.follower import Progress
 from daemon.monitor.summary import Summary
 from protocol.errors import SelfPrunerError, UsageError
@@ -19,6 +20,7 @@ from selfpruner.runs import Run, run
 from selfpruner.searches import prune, search
 
 __all__ = [
+    "Drawing",
     "ExportResult",
     "Progress",
     "PruneResult",

@@ -1,27 +1,27 @@
 """What a search has found, read from its folder."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.population.population import Evaluation
+from daemon.monitor.charts import draw_population, draw_progress, draw_rates
+from daemon.monitor.drawing import Drawing
+from daemon.monitor.record import SearchRecord
+from daemon.monitor.report import render_report
 from daemon.monitor.status import Status
 from daemon.monitor.summary import Summary
-from daemon.state.history import History
-from daemon.state.journal import BEST, STATUS_FILE, saved, saved_spec
-from daemon.state.recovery import recovered
+from daemon.state.journal import BEST, saved
 from protocol.errors import UsageError
 from protocol.plans.candidate import Failed, Measured
-from protocol.plans.spec import MEASURE_NAMES, SearchSpec
 from protocol.results.commands import ExportResult
 from protocol.results.formats import Destination, GgufType, formats_of, gguf_type_of
 from protocol.runtime import logs
+from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import expanded
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.axes import Axes
 
 
 class Run:
@@ -29,13 +29,10 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = expanded(folder)
-        spec = saved_spec(self.folder) if self.folder.is_dir() else None
-        if spec is None:
-            raise UsageError(f"there is no search in the folder {str(folder)!r}")
-        self.spec: SearchSpec = spec
+        self._record = SearchRecord.read(self.folder)
+        self.spec = self._record.spec
         """Model, texts and way of pruning."""
-        found = recovered(self.folder, spec, History())
-        self.evaluations: list[Evaluation] = [] if found is None else list(found.population)
+        self.evaluations = list(self._record.population)
         """Each candidate with its outcome, in the order of outcomes; also uniform pruning and measurements on the
         report text."""
 
@@ -45,13 +42,12 @@ class Run:
     @property
     def proposals(self) -> list[Evaluation]:
         """Return the candidates of the search itself, without baselines and report."""
-        return [each for each in self.evaluations if each.candidate.is_proposal]
+        return self._record.proposals
 
     @property
     def best(self) -> Evaluation | None:
         """Return the best candidate, None if there is none."""
-        measured = [each for each in self.proposals if isinstance(each.outcome, Measured)]
-        return min(measured, key=_fitness, default=None)
+        return self._record.population.best()
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -61,22 +57,17 @@ class Run:
     @property
     def uniform(self) -> Measured | None:
         """Return the outcome of uniform pruning on the fitness text."""
-        for each in self.evaluations:
-            if not each.candidate.is_proposal and each.candidate.text == "fitness":
-                return each.outcome if isinstance(each.outcome, Measured) else None
-        return None
+        return self._record.uniform
 
-    @cached_property
-    def summary(self) -> Summary | None:
-        """The summary of a search that has ended, None before."""
-        record = saved(self.folder, "summary.json")
-        return None if record is None else Summary.model_validate({k: v for k, v in record.items() if k != "improved"})
+    @property
+    def summary(self) -> Summary:
+        """Return the figures of the dense model, of uniform pruning, and of the best candidates."""
+        return self._record.summary
 
-    @cached_property
+    @property
     def status(self) -> Status | None:
-        """The last status that the search wrote."""
-        record = saved(self.folder, STATUS_FILE)
-        return None if record is None else Status.model_validate(record)
+        """Return the last status that the search wrote."""
+        return self._record.status
 
     def frame(self) -> "pandas.DataFrame":
         """Return a pandas frame with a row per evaluation, in the order of outcomes."""
@@ -85,27 +76,22 @@ class Run:
         rows = [_row(each) for each in self.evaluations]
         return pandas.DataFrame(rows).set_index("order", drop=False) if rows else pandas.DataFrame(columns=["order"])
 
-    def plot(self, axes: "Axes | None" = None) -> "Axes":
-        """Draw each candidate's fitness and the best so far against the number of evaluations, beside uniform pruning.
+    def plot(self) -> Drawing:
+        """Draw each candidate and the best so far against the number of evaluations, beside uniform pruning."""
+        return draw_progress(self._record)
 
-        Needs matplotlib (`pip install 'self-pruner[plots]'`). Returns the axes.
-        """
-        from matplotlib import pyplot
+    def plot_rates(self) -> Drawing:
+        """Draw the rates of the best candidate over the depth of the model, above the sensitivity of each unit."""
+        return draw_rates(self._record)
 
-        drawn = pyplot.subplots(figsize=(7, 4))[1] if axes is None else axes
-        measured = [(i, _fitness(e)) for i, e in enumerate(self.proposals, 1) if isinstance(e.outcome, Measured)]
-        if measured:
-            numbers, values = zip(*measured, strict=True)
-            best = [min(values[: i + 1]) for i in range(len(values))]
-            drawn.scatter(numbers, values, s=12, color="#9a9a9a", label="candidates")
-            drawn.step(numbers, best, where="post", color="#0072b2", label="best so far")
-        if self.uniform is not None:
-            drawn.axhline(self.uniform.fitness, color="#d55e00", linestyle="--", label="uniform")
-        drawn.set_xlabel("evaluations")
-        drawn.set_ylabel(f"{MEASURE_NAMES[self.spec.measure]} on the fitness text")
-        drawn.set_title(f"{Path(self.spec.model).name}, {self.spec.rate:.0%} removed")
-        drawn.legend()
-        return drawn
+    def plot_population(self) -> Drawing:
+        """Draw the rates of the best candidates as a map, the best one on top."""
+        return draw_population(self._record)
+
+    def report(self, out: str | Path) -> Path:
+        """Write the search's report, one HTML file that needs no network, as `selfpruner report` does."""
+        write_atomically(expanded(Path(out)), render_report([self._record]))
+        return expanded(Path(out))
 
     def export(
         self,
@@ -134,11 +120,6 @@ class Run:
 def run(folder: str | Path) -> Run:
     """Return the search in `folder`, such as `runs/quickstart`. Raises UsageError if there is none."""
     return Run(folder)
-
-
-def _fitness(each: Evaluation) -> float:
-    assert isinstance(each.outcome, Measured)
-    return each.outcome.fitness
 
 
 def _row(each: Evaluation) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from daemon.launch.usage import UsageTracker
 from daemon.local.children import log_if_it_dies
 from daemon.monitor.follower import Follower
 from daemon.monitor.observer import Observer
+from daemon.monitor.record import SearchRecord
+from daemon.monitor.report import REPORT, render_report
 from daemon.monitor.summary import Summary, summarise
 from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
 from daemon.search.control import ControlWatcher, StopRequested
@@ -106,6 +108,7 @@ class Launch:
             summary = self._summary(finished=finished)
             if summary:
                 await asyncio.to_thread(self._journal.write, "summary.json", summary.model_dump())
+                await asyncio.to_thread(self._write_report, finished)
                 if finished and self._settings.llm.lessons and self._search:
                     shape = self._search.state.profile.shape
                     await asyncio.to_thread(add_lesson, self._settings.llm.lessons, summary, shape)
@@ -292,6 +295,19 @@ class Launch:
         if search is None:
             return None
         return summarise(search.settings.name, search.state, self._usage.counters, finished=finished)
+
+    def _write_report(self, finished: bool) -> None:
+        """Write the report. An error costs the search nothing else."""
+        assert self._search is not None, "there is a summary"
+        state = self._search.state
+        history = History(state.ledger, state.population, self._usage.counters, state.selections)
+        name, status = self._search.settings.name, self._observer.status
+        try:
+            status = status and status.model_copy(update={"finished": finished})
+            record = SearchRecord(name, state.spec, state.profile, status, history)
+            self._journal.write_text(REPORT, render_report([record]))
+        except Exception:
+            log.exception("report_not_written")
 
     async def _close(self) -> None:
         try:

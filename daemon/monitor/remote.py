@@ -118,7 +118,7 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
     """
     keys = Keys(check_search_name(search))
     if redis_url is None:
-        _check_folder(folder, search)
+        folder_of(folder, search)
     redis = connect(redis_url or embedded_url(folder / search))
     client: Any = redis
     found = None
@@ -195,10 +195,10 @@ def _names_in(folder: Path) -> list[str]:
     return [name for name in folders_in(folder) if (folder / name / "log.jsonl").exists()]
 
 
-def _check_folder(folder: Path, search: str) -> None:
-    """Raise UsageError, naming the searches in `folder`, if `search` is not among them."""
-    if (folder / search).is_dir():
-        return
+def folder_of(folder: Path, search: str) -> Path:
+    """Return the folder of `search` in `folder`. Raises UsageError, naming the searches there, if it is not there."""
+    if (folder / check_search_name(search)).is_dir():
+        return folder / search
     found = folders_in(folder)
     if found:
         raise UsageError(f"there is no search {search!r} in {folder}/; choose with --search: {', '.join(found)}")

@@ -174,31 +174,53 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def _table(summary: Summary) -> Table:
-    columns, uniform = _columns(summary), uniform_label(summary.reconstruction)
+    columns = columns_of(summary)
     table = Table()
     table.add_column("")
-    table.add_column(f"ratio to {uniform}", justify="right")
+    table.add_column(f"ratio to {uniform_label(summary.reconstruction)}", justify="right")
     for column in columns:
         table.add_column(column.title, justify="right")
     table.add_column("parameters", justify="right")
-    rows = {
-        "dense": summary.dense,
-        uniform: summary.uniform,
-        "best allocation without a search": summary.best_allocation,
-        "best rule": summary.best_rule,
-        "best": summary.best,
-    }
-    for name, row in rows.items():
-        if row is None:
-            continue
-        cells = [_number(column.of(row), column.digits) for column in columns]
-        ratio = None if name == "dense" else _ratio(columns[0].of(row), columns[0].of(summary.uniform))
-        table.add_row(name, _number(ratio, 3), *cells, f"{row.parameters.total_after / 1e6:,.1f} M")
+    for line in lines_of(summary):
+        table.add_row(line.name, line.ratio, *line.figures, line.parameters)
     return table
 
 
 @dataclass(frozen=True)
-class _Column:
+class Line:
+    """A line of the table: a model's figures as text, one for each column."""
+
+    name: str
+    ratio: str
+    """The minimised figure divided by that of uniform pruning."""
+    figures: tuple[str, ...]
+    parameters: str
+
+
+def lines_of(summary: Summary) -> list[Line]:
+    """Return the lines of the table."""
+    columns = columns_of(summary)
+    uniform = columns[0].of(summary.uniform)
+    rows = {
+        "dense": summary.dense,
+        uniform_label(summary.reconstruction): summary.uniform,
+        "best allocation without a search": summary.best_allocation,
+        "best rule": summary.best_rule,
+        "best": summary.best,
+    }
+    found = []
+    for name, row in rows.items():
+        if row is None:
+            continue
+        own = columns[0].of(row)
+        ratio = own / uniform if own is not None and uniform and row is not summary.dense else None
+        figures = tuple(_number(column.of(row), column.digits) for column in columns)
+        found.append(Line(name, _number(ratio, 3), figures, f"{row.parameters.total_after / 1e6:,.1f} M"))
+    return found
+
+
+@dataclass(frozen=True)
+class Column:
     """A column of the table, which shows one figure of each row."""
 
     title: str
@@ -206,19 +228,15 @@ class _Column:
     digits: int
 
 
-def _columns(summary: Summary) -> list[_Column]:
+def columns_of(summary: Summary) -> list[Column]:
     """Return the columns. The minimised figure comes first, and the ratio is computed from it."""
-    kl = [_Column("kl", lambda row: row.kl, 4), _Column("kl on the report text", lambda row: row.report_kl, 4)]
+    kl = [Column("kl", lambda row: row.kl, 4), Column("kl on the report text", lambda row: row.report_kl, 4)]
     perplexity = [
-        _Column("perplexity", lambda row: row.perplexity, 2),
-        _Column("on the report text", lambda row: row.report_perplexity, 2),
+        Column("perplexity", lambda row: row.perplexity, 2),
+        Column("on the report text", lambda row: row.report_perplexity, 2),
     ]
     shown = 1 if summary.dense.report_perplexity is None else 2
     return (kl[:shown] if summary.fitness == "kl" else []) + perplexity[:shown]
-
-
-def _ratio(value: float | None, uniform: float | None) -> float | None:
-    return None if value is None or not uniform else value / uniform
 
 
 def _lines(summary: Summary) -> list[str]:
@@ -248,7 +266,7 @@ def _without_gain(summary: Summary) -> list[str]:
     """Return what to try if the best candidate is no better than uniform pruning."""
     if summary.improved is not False or summary.best is None:
         return []
-    of = _columns(summary)[0].of
+    of = columns_of(summary)[0].of
     best, uniform = of(summary.best), of(summary.uniform)
     if best is not None and uniform is not None and best < uniform:
         return [

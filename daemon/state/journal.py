@@ -82,8 +82,12 @@ class Journal:
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the file `name` by `record`."""
+        self.write_text(name, json_text(record))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace the file `name` by `text`."""
         with self.folder_errors.writing(name):
-            write_atomically(self.folder / name, json_text(record))
+            write_atomically(self.folder / name, text)
 
     def keep(self, name: str, text: str, *, mode: int) -> None:
         """Write the file `name` with the permissions `mode`, and write it again whenever it was removed or changed."""

@@ -134,9 +134,10 @@ async def test_a_run_ends_with_one_json_object_and_leaves_its_files_and_no_proce
     assert answer["candidates"]["by_source"]["llm"] > CANDIDATES / 2
     assert answer["tokens"]["prompt"] > 0
     folder = run.folder / "runs" / "s"
-    files = {"spec.json", "profile.json", "best.json", "summary.json"}
+    files = {"spec.json", "profile.json", "best.json", "summary.json", "report.html"}
     files |= {"evaluations.jsonl", "transcript.jsonl", "log.jsonl"}
     assert files <= {path.name for path in folder.iterdir()}
+    assert f"finished after {CANDIDATES} candidates" in (folder / "report.html").read_text()
     for line in (folder / "log.jsonl").read_text().splitlines() + err.decode().splitlines():
         json.loads(line)
     assert (await run.answer("best"))["rates"] == answer["rates"]

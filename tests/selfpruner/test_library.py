@@ -86,12 +86,11 @@ def test_a_frame_has_a_row_for_each_evaluation(found: Found) -> None:
     assert set(frame.outcome) == {"measured"}
 
 
-def test_a_plot_shows_the_candidates_the_best_and_uniform(found: Found) -> None:
-    axes = found[0].plot()
-    legend = axes.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["candidates", "best so far", "uniform"]
-    axes.figure.clear()
+def test_its_charts_and_its_report_are_drawn(found: Found, tmp_path: Path) -> None:
+    run, _ = found
+    for drawing in (run.plot(), run.plot_rates(), run.plot_population()):
+        assert drawing.save(tmp_path / "chart.svg").read_text().startswith("<svg")
+    assert "<h1>Pruning" in run.report(tmp_path / "report.html").read_text()
 
 
 def test_a_model_is_exported_and_loaded_without_code_of_its_folder(found: Found, tmp_path: Path) -> None:

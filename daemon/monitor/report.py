@@ -1,0 +1,148 @@
+"""The report of one or more searches: a single HTML file that needs no network, with the charts and the figures."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from daemon.monitor.charts import SOURCE_NAMES, draw_population, draw_progress, draw_rates
+from daemon.monitor.drawing import Drawing
+from daemon.monitor.record import SearchRecord
+from daemon.monitor.summary import columns_of, lines_of
+from protocol.plans.candidate import Failed, Measured
+from protocol.plans.spec import FIGURE_DIGITS, MEASURE_NAMES
+
+REPORT = "report.html"
+"""File of a search's folder with its report."""
+BEST_SHOWN = 20
+"""Candidates in the table of the best ones."""
+
+
+def render_report(records: Sequence[SearchRecord]) -> str:
+    """Return the HTML of a report on these searches. What models and endpoints wrote is shown as text."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("daemon.monitor") / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        searches=[_search(record) for record in records],
+        compared=_inline(draw_progress(*records)) if len(records) > 1 else None,
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def charts_of(records: Sequence[SearchRecord]) -> dict[str, Drawing]:
+    """Return all charts of a report by the names of their files, without a suffix."""
+    charts = {"compared": draw_progress(*records)} if len(records) > 1 else {}
+    for record in records:
+        for name, draw in (("progress", draw_progress), ("rates", draw_rates), ("population", draw_population)):
+            charts[f"{record.search}-{name}"] = draw(record)
+    return charts
+
+
+def _search(record: SearchRecord) -> dict[str, Any]:
+    summary, spec, status = record.summary, record.spec, record.status
+    return {
+        "name": record.search,
+        "model": spec.model,
+        "rate": f"{spec.rate:.0%}",
+        "verdict": _verdict(record),
+        "columns": [column.title for column in columns_of(summary)],
+        "lines": lines_of(summary),
+        "measure": MEASURE_NAMES[spec.measure],
+        "progress": _inline(draw_progress(record)),
+        "rates": _inline(draw_rates(record)),
+        "population": _inline(draw_population(record)),
+        "agents": _agents(record),
+        "endpoints": status.endpoints if status else {},
+        "tokens": summary.tokens,
+        "cost": status.cost if status else 0.0,
+        "hours": summary.seconds / 3600,
+        "best": [_candidate(record, member) for member in record.population.top(BEST_SHOWN)],
+        "plan": _plan(record),
+        "spec": spec.model_dump_json(indent=2),
+        "device": record.profile.device,
+    }
+
+
+def _inline(drawing: Drawing) -> Markup:
+    return Markup(drawing.svg)  # drawing.py escapes every text
+
+
+def _verdict(record: SearchRecord) -> str:
+    """Return what was gained, in one sentence."""
+    summary, count = record.summary, len(record.proposals)
+    state = "finished" if record.finished else "not finished"
+    of = columns_of(summary)[0].of
+    best, uniform = None if summary.best is None else of(summary.best), of(summary.uniform)
+    if best is None:
+        return f"{state}: no candidate has been measured yet"
+    said = f"{state} after {count} candidates: {MEASURE_NAMES[record.spec.measure]} {_figure(record, best)}"
+    if uniform:
+        said += f", {best / uniform:.3f} times that of uniform pruning with the same number of parameters"
+    if summary.improved is False:
+        said += "; on the text that counts, this is no gain"
+    return said
+
+
+def _agents(record: SearchRecord) -> list[dict[str, Any]]:
+    """Return what each agent, and each endpoint that it asked, has brought."""
+    counts: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(
+        lambda: {"measured": 0, "failed": 0, "improved": 0, "best": None}
+    )
+    best: float | None = None
+    for each in record.proposals:
+        who = each.candidate.provenance
+        found = counts[who.agent, SOURCE_NAMES[who.source], who.endpoint or ""]
+        if isinstance(each.outcome, Failed):
+            found["failed"] += 1
+        if not isinstance(each.outcome, Measured):
+            continue
+        value = each.outcome.fitness
+        found["measured"] += 1
+        found["best"] = value if found["best"] is None else min(found["best"], value)
+        if best is None or value < best:
+            best = value
+            found["improved"] += 1
+    return [
+        {"agent": agent, "source": source, "endpoint": endpoint} | found | {"best": _figure(record, found["best"])}
+        for (agent, source, endpoint), found in counts.items()
+    ]
+
+
+def _candidate(record: SearchRecord, member: Any) -> dict[str, Any]:
+    who, outcome = member.candidate.provenance, member.outcome
+    return {
+        "id": member.candidate.id,
+        "agent": who.agent,
+        "source": SOURCE_NAMES[who.source],
+        "endpoint": who.endpoint or "",
+        "round": who.round,
+        "fitness": _figure(record, outcome.fitness),
+        "perplexity": f"{outcome.perplexity:,.2f}",
+        "parents": ", ".join(who.parents),
+        "rule": who.rule or "",
+    }
+
+
+def _plan(record: SearchRecord) -> list[dict[str, Any]]:
+    """Return what each layer keeps in the best candidate, beside what it had."""
+    best = record.population.best()
+    if best is None:
+        return []
+    pairs = zip(best.candidate.plan.layers, record.profile.shape.layers, strict=True)
+    return [
+        {
+            "layer": i,
+            "heads": f"{kept.query_heads} of {had.query_heads}",
+            "kv": f"{kept.kv_heads} of {had.kv_heads}",
+            "channels": f"{kept.mlp_channels:,} of {had.mlp_channels:,}",
+        }
+        for i, (kept, had) in enumerate(pairs)
+    ]
+
+
+def _figure(record: SearchRecord, value: float | None) -> str:
+    return "–" if value is None else f"{value:,.{FIGURE_DIGITS[record.spec.measure]}f}"
