@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults test-compose test-vllm lint types tests docs clean
+.PHONY: run test test-browser test-faults test-compose test-vllm lint types tests docs clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -23,6 +23,9 @@ types: $(VENV)/installed
 tests: export OMP_NUM_THREADS ?= 1
 tests: $(VENV)/installed
 	$(BIN)/pytest -n 3 --dist loadfile --durations 25 --durations-min 5
+
+test-browser: $(VENV)/installed  ## the page of a search in Chromium (Debian: chromium); one minute
+	$(BIN)/pytest tests/browser -m browser -rs
 
 test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40 minutes
 	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some tests take long

@@ -44,6 +44,12 @@ class Population:
         """Every evaluation, in the order of its outcome."""
         return iter(self._evaluations.values())
 
+    def copy(self) -> "Population":
+        """Return a population that keeps what this one has now."""
+        copied = Population()
+        copied._evaluations, copied._ranked = dict(self._evaluations), list(self._ranked)
+        return copied
+
     def newest(self, count: int) -> list[Evaluation]:
         """Return the last `count` evaluations in the order of their outcomes, in O(count)."""
         return list(islice(reversed(self._evaluations.values()), count))[::-1]

@@ -24,7 +24,8 @@ MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0
 FAILURES_PER_MINUTE = 10
 ADDRESSES_REMEMBERED = 1000
-OPEN_TO_ALL = frozenset({"/livez"})
+OPEN_TO_ALL = frozenset({"/livez", "/", "/page.css", "/page.js", "/page.svg"})
+"""Paths that need no token: they tell nothing of the search."""
 
 _KEPT_HEADERS = ("Allow", "Retry-After", "WWW-Authenticate")
 _READS = frozenset({"GET", "HEAD"})

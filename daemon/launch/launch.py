@@ -22,7 +22,6 @@ from daemon.launch.usage import UsageTracker
 from daemon.local.children import log_if_it_dies
 from daemon.monitor.follower import Follower
 from daemon.monitor.observer import Observer
-from daemon.monitor.record import SearchRecord
 from daemon.monitor.report import REPORT, render_report
 from daemon.monitor.summary import Summary, summarise
 from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
@@ -298,14 +297,11 @@ class Launch:
 
     def _write_report(self, finished: bool) -> None:
         """Write the report. An error costs the search nothing else."""
-        assert self._search is not None, "there is a summary"
-        state = self._search.state
-        history = History(state.ledger, state.population, self._usage.counters, state.selections)
-        name, status = self._search.settings.name, self._observer.status
         try:
-            status = status and status.model_copy(update={"finished": finished})
-            record = SearchRecord(name, state.spec, state.profile, status, history)
-            self._journal.write_text(REPORT, render_report([record]))
+            record = self._observer.record
+            if record is not None and record.status is not None:
+                status = record.status.model_copy(update={"finished": finished})
+                self._journal.write_text(REPORT, render_report([replace(record, status=status)]))
         except Exception:
             log.exception("report_not_written")
 

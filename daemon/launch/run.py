@@ -104,11 +104,14 @@ def _configure_logs(settings: Settings, stream: logs.Stream | None) -> Access | 
 
 
 def _announce(access: Access | None, url: str) -> None:
-    """Show a person the URL of the HTTP API and its generated token; never write them to a log."""
+    """Show a person the address of the page, with a generated token; never write the token to a log.
+
+    What follows `#` in an address stays in the browser.
+    """
     if sys.stderr.isatty():
         kept = access.kept_in if access else None
-        token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
-        sys.stderr.write(f"HTTP API: {url}{token}\n")
+        token = f"/#token={access.token.get_secret_value()}" if access and access.token and kept else ""
+        sys.stderr.write(f"page of the search: {url}{token}\n")
 
 
 async def _run_embedded(

@@ -156,7 +156,7 @@ def _draw_panel(
         if sensitivity:
             said = f"{unit.name}: sensitivity {sensitivity[i]:.4g}"
             canvas.bar(at, zero + 1, step * 0.76, down(sensitivity[i]) - zero, RED, said)
-        if unit.layer % 5 == 0:
+        if unit.layer % (5 if len(units) > 12 else 1) == 0:
             canvas.text(at + step * 0.38, zero + 84, str(unit.layer), anchor="middle")
     canvas.line(LEFT, up(target), right, up(target), INK, dashes="5 4")
     canvas.text(right + 6, up(target) + 4, f"mean {target:.0%}")

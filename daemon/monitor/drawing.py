@@ -92,7 +92,7 @@ class Canvas:
         if moves:
             self._parts.append(
                 f'<path d="{moves}" fill="none"{_stroke(colour)} stroke-width="5" stroke-linecap="round" '
-                'opacity="0.6"/>'
+                'opacity="0.6" class="dots"/>'
             )
 
     def bar(self, x: float, y: float, width: float, height: float, colour: str, about: str = "") -> None:

@@ -18,6 +18,7 @@ from agents.population.population import Population
 from daemon.monitor.event_log import EventLog
 from daemon.monitor.events import StatusTracker
 from daemon.monitor.heartbeat import Heartbeat
+from daemon.monitor.record import SearchRecord
 from daemon.monitor.status import Condition, EndpointStatus, Observation, RuntimeStateReader, Status
 from daemon.search.search import Search
 from daemon.state.folder_errors import FolderErrors
@@ -97,6 +98,15 @@ class Observer:
     def population(self) -> Population:
         """Every outcome."""
         return self.search.state.population if self.search else self._history.population
+
+    @property
+    def record(self) -> SearchRecord | None:
+        """What reports and charts show, as it is now; None until the model has been measured."""
+        if self.search is None:
+            return None
+        state = self.search.state
+        history = History(dict(state.ledger), state.population.copy(), dict(self.counters), dict(state.selections))
+        return SearchRecord(self.keys.search, state.spec, state.profile, self.status, history)
 
     def begin(self, history: History) -> None:
         """Publish the `history` of earlier processes until `search` is set. Call it once this process is in charge."""

@@ -1,7 +1,8 @@
 """The report of one or more searches: a single HTML file that needs no network, with the charts and the figures."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
@@ -18,6 +19,12 @@ from protocol.plans.spec import FIGURE_DIGITS, MEASURE_NAMES
 
 REPORT = "report.html"
 """File of a search's folder with its report."""
+CHARTS: dict[str, Callable[[SearchRecord], Drawing]] = {
+    "progress": draw_progress,
+    "rates": draw_rates,
+    "population": draw_population,
+}
+"""The charts of one search by their names."""
 BEST_SHOWN = 20
 """Candidates in the table of the best ones."""
 
@@ -27,8 +34,8 @@ def render_report(records: Sequence[SearchRecord]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("daemon.monitor") / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(
-        searches=[_search(record) for record in records],
-        compared=_inline(draw_progress(*records)) if len(records) > 1 else None,
+        searches=[overview(record) | _charts(record) for record in records],
+        compared=Markup(draw_progress(*records).svg) if len(records) > 1 else None,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 
@@ -37,12 +44,17 @@ def charts_of(records: Sequence[SearchRecord]) -> dict[str, Drawing]:
     """Return all charts of a report by the names of their files, without a suffix."""
     charts = {"compared": draw_progress(*records)} if len(records) > 1 else {}
     for record in records:
-        for name, draw in (("progress", draw_progress), ("rates", draw_rates), ("population", draw_population)):
-            charts[f"{record.search}-{name}"] = draw(record)
+        charts |= {f"{record.search}-{name}": draw(record) for name, draw in CHARTS.items()}
     return charts
 
 
-def _search(record: SearchRecord) -> dict[str, Any]:
+def _charts(record: SearchRecord) -> dict[str, Markup]:
+    # drawing.py escapes every text.
+    return {name: Markup(draw(record).svg) for name, draw in CHARTS.items()}
+
+
+def overview(record: SearchRecord) -> dict[str, Any]:
+    """Return the figures and tables of a search, as JSON has them."""
     summary, spec, status = record.summary, record.spec, record.status
     return {
         "name": record.search,
@@ -50,25 +62,18 @@ def _search(record: SearchRecord) -> dict[str, Any]:
         "rate": f"{spec.rate:.0%}",
         "verdict": _verdict(record),
         "columns": [column.title for column in columns_of(summary)],
-        "lines": lines_of(summary),
+        "lines": [asdict(line) for line in lines_of(summary)],
         "measure": MEASURE_NAMES[spec.measure],
-        "progress": _inline(draw_progress(record)),
-        "rates": _inline(draw_rates(record)),
-        "population": _inline(draw_population(record)),
         "agents": _agents(record),
-        "endpoints": status.endpoints if status else {},
+        "endpoints": {name: each.model_dump() for name, each in status.endpoints.items()} if status else {},
         "tokens": summary.tokens,
         "cost": status.cost if status else 0.0,
-        "hours": summary.seconds / 3600,
+        "seconds": summary.seconds,
         "best": [_candidate(record, member) for member in record.population.top(BEST_SHOWN)],
         "plan": _plan(record),
-        "spec": spec.model_dump_json(indent=2),
+        "spec": spec.model_dump(mode="json"),
         "device": record.profile.device,
     }
-
-
-def _inline(drawing: Drawing) -> Markup:
-    return Markup(drawing.svg)  # drawing.py escapes every text
 
 
 def _verdict(record: SearchRecord) -> str:

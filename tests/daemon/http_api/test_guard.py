@@ -230,7 +230,7 @@ async def test_a_bad_query_gets_one_sentence_that_names_it(ask: Asked, query: st
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/candidates/0123456789abcdef", "/api/candidates/..%2f..%2fhttp-token", "/%00", "/"]
+    "path", ["/api/candidates/0123456789abcdef", "/api/candidates/..%2f..%2fhttp-token", "/%00", "/page"]
 )
 async def test_what_is_not_there_is_not_found(ask: Asked, path: str) -> None:
     status, answer = await ask(path)

@@ -1,0 +1,307 @@
+// The page of a search. Everything that the server sends is shown as text; charts are SVG that the server has drawn.
+"use strict";
+
+const EVENTS_SHOWN = 100;
+const REFRESH_MILLISECONDS = 1000;
+const RECONNECT_MILLISECONDS = 2000;
+const TOKEN = "selfpruner-token";
+
+const byId = (id) => document.getElementById(id);
+let refreshWanted = true;
+let chartsOf = "";
+let status = null;
+let followed = 0;
+
+class Refused extends Error {}
+
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem(TOKEN);
+  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.status === 401) throw new Refused();
+  if (!response.ok) throw new Error((await response.json()).error);
+  return response;
+}
+
+const askJson = async (path, options) => (await ask(path, options)).json();
+
+function text(parent, tag, said, kind) {
+  const element = document.createElement(tag);
+  element.textContent = said === null || said === undefined ? "–" : String(said);
+  if (kind) element.className = kind;
+  parent.append(element);
+  return element;
+}
+
+function facts(list, pairs) {
+  list.replaceChildren();
+  for (const [name, value] of pairs) {
+    const group = document.createElement("div");
+    text(group, "dt", name);
+    text(group, "dd", value);
+    list.append(group);
+  }
+}
+
+// `columns` are [title, what a row shows, is it text]; what it shows is a value, or an element.
+function table(id, columns, rows) {
+  const element = byId(id);
+  element.replaceChildren();
+  if (!rows.length) return;
+  const head = element.createTHead().insertRow();
+  for (const [title, , isText] of columns) {
+    const cell = text(head, "th", title, isText ? "text" : "");
+    cell.scope = "col";
+  }
+  const body = element.createTBody();
+  for (const row of rows) {
+    const line = body.insertRow();
+    for (const [, show, isText] of columns) {
+      const value = show(row);
+      if (value instanceof Node) line.insertCell().append(value);
+      else text(line, "td", value, isText ? "text" : "");
+    }
+  }
+}
+
+function duration(seconds) {
+  if (!Number.isFinite(seconds)) return "–";
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return `${(seconds / 3600).toFixed(1)} h`;
+}
+
+function state() {
+  if (status.redis !== "answers") return "Redis does not answer";
+  if (status.finished) return "finished";
+  if (status.control === "pause") return "paused";
+  if (status.control === "stop") return "stopping";
+  return status.degraded ? "running, without the LLM" : "running";
+}
+
+function showStatus() {
+  document.title = `${status.search}: ${state()}`;
+  byId("name").textContent = `${status.search}: ${status.model}, ${Math.round(status.rate * 100)} % removed`;
+  byId("pause").textContent = status.control === "pause" ? "Resume" : "Pause";
+  byId("pause").disabled = byId("stop").disabled = status.finished;
+  const best = status.best_to_uniform;
+  facts(byId("facts"), [
+    ["state", state()],
+    ["best ÷ uniform", best === null ? "–" : best.toFixed(3)],
+    ["measured", status.measured],
+    ["failed", status.failed],
+    ["stopped early", status.stopped],
+    ["round", status.round],
+    ["waiting", status.waiting],
+    ["LLM tokens", (status.tokens.prompt + status.tokens.completion).toLocaleString("en")],
+    ["cost", status.cost ? status.cost.toFixed(2) : "–"],
+    ["time", duration(status.seconds)],
+  ]);
+  table("workers", [
+    ["worker", (each) => each.consumer, true],
+    ["state", (each) => each.stage, true],
+    ["done", (each) => (each.total ? `${each.done} of ${each.total}` : "–")],
+    ["measured", (each) => each.measured],
+    ["said", (each) => each.detail || "", true],
+  ], status.workers);
+}
+
+function showOverview(found) {
+  byId("verdict").textContent = found.verdict;
+  byId("export").textContent = found.best.length ? `selfpruner export --search ${found.name} --format hf --out DIR` : "";
+  const figures = found.columns.map((title, i) => [title, (line) => line.figures[i]]);
+  table("figures", [
+    ["", (line) => line.name, true],
+    ["ratio to uniform", (line) => line.ratio],
+    ...figures,
+    ["parameters", (line) => line.parameters],
+  ], found.lines);
+  table("agents", [
+    ["agent", (row) => row.agent, true],
+    ["candidates", (row) => row.source, true],
+    ["endpoint", (row) => row.endpoint, true],
+    ["measured", (row) => row.measured],
+    ["failed", (row) => row.failed],
+    ["new best", (row) => row.improved],
+    ["its best", (row) => row.best],
+  ], found.agents);
+  table("endpoints", [
+    ["endpoint", ([name]) => name, true],
+    ["state", ([, each]) => (each.reason ? `${each.state}: ${each.reason}` : each.state), true],
+    ["requests", ([, each]) => each.requests],
+    ["errors", ([, each]) => each.errors],
+    ["prompt tokens", ([, each]) => each.prompt_tokens],
+    ["reply tokens", ([, each]) => each.completion_tokens],
+  ], Object.entries(found.endpoints));
+  table("best", [
+    ["candidate", (row) => opener(row.id)],
+    [found.measure, (row) => row.fitness],
+    ...(found.measure === "perplexity" ? [] : [["perplexity", (row) => row.perplexity]]),
+    ["agent", (row) => row.agent, true],
+    ["candidates", (row) => row.source, true],
+    ["round", (row) => row.round],
+  ], found.best.slice(0, 10));
+}
+
+async function showCharts() {
+  const version = `${status.measured} ${status.best}`;
+  if (version === chartsOf) return;
+  for (const name of ["progress", "rates", "population"]) {
+    const drawn = new DOMParser().parseFromString(await (await ask(`/api/charts/${name}`)).text(), "image/svg+xml");
+    byId(name).replaceChildren(document.importNode(drawn.documentElement, true));
+  }
+  chartsOf = version;
+}
+
+function opener(id) {
+  const button = document.createElement("button");
+  button.textContent = id;
+  button.className = "link";
+  button.addEventListener("click", () => openCandidate(id));
+  return button;
+}
+
+async function openCandidate(id) {
+  try {
+    const found = await askJson(`/api/candidates/${encodeURIComponent(id)}`);
+    byId("candidate-title").textContent = `Candidate ${id}`;
+    const outcome = found.outcome || { kind: "not measured yet" };
+    facts(byId("candidate-facts"), [
+      ["outcome", outcome.kind],
+      ["perplexity", outcome.perplexity?.toFixed(2)],
+      ["KL divergence", outcome.kl?.toFixed(4)],
+      ["agent", found.agent],
+      ["source", found.source],
+      ["endpoint", found.endpoint],
+      ["round", found.round],
+    ]);
+    const parents = byId("candidate-parents");
+    parents.replaceChildren();
+    if (found.parents.length) text(parents, "span", "parents:");
+    for (const parent of found.parents) parents.append(opener(parent));
+    byId("candidate-record").textContent = JSON.stringify(found, null, 1);
+    if (!byId("candidate").open) byId("candidate").showModal();
+  } catch (error) {
+    report(error);
+  }
+}
+
+function showEvent(event) {
+  const list = byId("events");
+  const { event: name, search: _search, ...fields } = event;
+  const said = Object.entries(fields).filter(([, value]) => value !== null && typeof value !== "object");
+  const item = document.createElement("li");
+  item.textContent = `${name} ${said.map(([key, value]) => `${key}=${value}`).join(" ")}`.slice(0, 500);
+  list.prepend(item);
+  while (list.children.length > EVENTS_SHOWN) list.lastElementChild.remove();
+}
+
+async function refresh() {
+  if (!refreshWanted || byId("search").hidden) return;
+  refreshWanted = false;
+  status = await askJson("/api/status");
+  showStatus();
+  const response = await askJson("/api/overview");
+  if (response !== null) {
+    showOverview(response);
+    await showCharts();
+  } else {
+    byId("verdict").textContent = "The model is being prepared.";
+  }
+}
+
+// EventSource cannot send the token in a header, so the stream is read here.
+async function follow(mine) {
+  let rest = "";
+  const reader = (await ask("/api/events")).body.pipeThrough(new TextDecoderStream()).getReader();
+  byId("connection").textContent = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done || mine !== followed) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").find((line) => line.startsWith("data: "));
+      const kind = part.split("\n").find((line) => line.startsWith("event: "));
+      if (data && kind !== "event: status") showEvent(JSON.parse(data.slice(6)));
+      if (data) refreshWanted = true;
+    }
+  }
+}
+
+function report(error) {
+  if (error instanceof Refused) {
+    sessionStorage.removeItem(TOKEN);
+    followed += 1;
+    byId("search").hidden = true;
+    byId("login").hidden = false;
+    byId("token").focus();
+  } else {
+    byId("connection").textContent = `${error.message}; trying again`;
+  }
+}
+
+async function followForEver() {
+  const mine = (followed += 1);
+  while (mine === followed) {
+    try {
+      await follow(mine);
+      byId("connection").textContent = "the server has ended the stream; trying again";
+    } catch (error) {
+      report(error);
+    }
+    await new Promise((resolve) => setTimeout(resolve, RECONNECT_MILLISECONDS));
+  }
+}
+
+async function command(name) {
+  try {
+    await askJson("/api/control", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ command: name }),
+    });
+  } catch (error) {
+    report(error);
+  }
+  refreshWanted = true;
+}
+
+async function begin() {
+  try {
+    status = await askJson("/api/status");
+  } catch (error) {
+    if (error instanceof Refused) {
+      if (sessionStorage.getItem(TOKEN)) byId("login-error").textContent = "This is not the token of this search.";
+      report(error);
+      return;
+    }
+    status = null;
+  }
+  byId("login").hidden = true;
+  byId("search").hidden = false;
+  if (status) showStatus();
+  refreshWanted = true;
+  followForEver();
+}
+
+byId("login-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  byId("login-error").textContent = "";
+  sessionStorage.setItem(TOKEN, byId("token").value.trim());
+  byId("token").value = "";
+  begin();
+});
+byId("pause").addEventListener("click", () => command(status.control === "pause" ? "run" : "pause"));
+byId("stop").addEventListener("click", () => {
+  if (confirm("Stop the search? Its outcomes are kept, and the same command resumes it.")) command("stop");
+});
+
+// The part of the address after # is not sent to the server, so the token is in no log. It does not stay there.
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  sessionStorage.setItem(TOKEN, given);
+  history.replaceState(null, "", location.pathname);
+}
+setInterval(() => refresh().catch(report), REFRESH_MILLISECONDS);
+begin();

@@ -1,0 +1,168 @@
+"""The page of a search in a real browser: Chromium, without a screen."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, Route, async_playwright
+from redis.asyncio import Redis
+
+from protocol.queue.control import Control
+from protocol.queue.keys import Keys
+from tests.daemon.search.test_search import evaluating
+from tests.support.http_client import TOKEN
+from tests.support.observed import Observed, every_third_fails, observed
+from tests.support.servers import eventually
+
+pytestmark = [pytest.mark.browser, pytest.mark.one_server]
+CHROMIUM = shutil.which("chromium")
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+@pytest.fixture
+async def it(redis: Redis, keys: Keys, tmp_path: Path) -> AsyncIterator[Observed]:
+    async with observed(redis, keys, tmp_path) as it:
+        yield it
+
+
+class Seen:
+    """What a browser said and asked for while it showed the page."""
+
+    def __init__(self) -> None:
+        self.complaints: list[str] = []
+        self.elsewhere: list[str] = []
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture(params=[{"width": 1000, "height": 1400}])
+async def page(it: Observed, seen: Seen, request: pytest.FixtureRequest) -> AsyncIterator[Page]:
+    """An empty page of a browser. Requests to anywhere but this search fail the test."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: chromium)")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = await browser.new_page(viewport=request.param)
+
+        async def only_here(route: Route) -> None:
+            if not route.request.url.startswith(it.ask.url):
+                seen.elsewhere.append(route.request.url)
+            await route.continue_()
+
+        await page.route("**/*", only_here)
+        page.on("console", lambda message: seen.complaints.append(message.text))
+        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        yield page
+        await browser.close()
+
+
+async def opened(page: Page, it: Observed) -> None:
+    """Open the page by a link with the token, as a terminal shows it."""
+    await page.goto(f"{it.ask.url}/#token={TOKEN}")
+    await page.wait_for_selector("#facts dd")
+
+
+async def shows(page: Page, selector: str, holds: Callable[[str], bool]) -> None:
+    await eventually(lambda: _text(page, selector, holds), seconds=10)
+
+
+async def _text(page: Page, selector: str, holds: Callable[[str], bool]) -> bool:
+    return holds(await page.inner_text(selector))
+
+
+def pictured(page: Page, name: str) -> "asyncio.Future[bytes] | None":
+    """Take a picture for a person to look at, if SELFPRUNER_PICTURES names a folder."""
+    folder = os.environ.get("PICTURES")
+    if folder is None:
+        return None
+    return asyncio.ensure_future(page.screenshot(path=f"{folder}/{name}.png", full_page=True))
+
+
+async def picture(page: Page, name: str) -> None:
+    if taken := pictured(page, name):
+        await taken
+
+
+async def test_a_search_is_seen_from_its_start_to_its_end(
+    page: Page, it: Observed, seen: Seen, redis: Redis, keys: Keys
+) -> None:
+    await opened(page, it)
+    assert TOKEN not in page.url
+    async with evaluating(redis, keys, every_third_fails):
+        await it.run()
+    await shows(page, "#facts", lambda text: "finished" in text)
+    best = it.search.state.population.best()
+    assert best is not None
+    await shows(page, "#best", lambda text: best.candidate.id in text)
+    for chart in ("progress", "rates", "population"):
+        await page.wait_for_selector(f"#{chart} svg path, #{chart} svg rect")
+    assert "mutator" in await page.inner_text("#agents")
+    assert "candidate_measured" in await page.inner_text("#events")
+    await picture(page, "light")
+    await page.emulate_media(color_scheme="dark")
+    await picture(page, "dark")
+    await page.set_viewport_size({"width": 390, "height": 800})
+    assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    await picture(page, "narrow")
+    assert (seen.complaints, seen.elsewhere) == ([], [])
+
+
+async def test_a_click_pauses_and_resumes(page: Page, it: Observed, redis: Redis, keys: Keys) -> None:
+    await opened(page, it)
+    await page.click("#pause")
+    control = Control(redis, keys)
+    await eventually(lambda: _is(control, "pause"))
+    await shows(page, "#pause", lambda text: text == "Resume")
+    await shows(page, "#facts", lambda text: "paused" in text)
+    await page.click("#pause")
+    await eventually(lambda: _is(control, "run"))
+
+
+async def _is(control: Control, command: str) -> bool:
+    return await control.read() == command
+
+
+async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) -> None:
+    await it.searched()
+    await opened(page, it)
+    offspring = next(e for e in it.search.state.population.top(10) if e.candidate.provenance.parents)
+    await page.click(f"#best button:text('{offspring.candidate.id}')")
+    await shows(page, "#candidate-title", lambda text: offspring.candidate.id in text)
+    await picture(page, "candidate")
+    parent = offspring.candidate.provenance.parents[0]
+    await page.click(f"#candidate-parents button:text('{parent}')")
+    await shows(page, "#candidate-title", lambda text: parent in text)
+    await page.keyboard.press("Escape")
+    assert not await page.is_visible("#candidate")
+
+
+async def test_the_page_asks_for_the_token_and_says_when_it_is_wrong(page: Page, it: Observed) -> None:
+    await page.goto(it.ask.url)
+    await page.wait_for_selector("#token")
+    await picture(page, "login")
+    await page.fill("#token", "not-the-token-of-this-search")
+    await page.keyboard.press("Enter")
+    await shows(page, "#login-error", lambda text: "not the token" in text)
+    await page.fill("#token", TOKEN)
+    await page.keyboard.press("Enter")
+    await page.wait_for_selector("#facts dd")
+
+
+async def test_what_a_model_wrote_is_shown_and_not_run(page: Page, it: Observed, seen: Seen) -> None:
+    await it.searched()
+    best = it.search.state.population.best()
+    assert best is not None
+    who = best.candidate.provenance.model_copy(update={"endpoint": HOSTILE + "x" * 10**6})
+    object.__setattr__(best.candidate, "provenance", who)
+    await opened(page, it)
+    await shows(page, "#agents", lambda text: HOSTILE in text)
+    await page.click(f"#best button:text('{best.candidate.id}')")
+    await shows(page, "#candidate-record", lambda text: "<script>" in text)
+    assert await page.evaluate("document.querySelectorAll('img, main script').length") == 0
+    assert seen.complaints == []
