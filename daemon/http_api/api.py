@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.http_api.guard import Guard
 from daemon.http_api.metrics import CONTENT_TYPE, Metrics
-from daemon.http_api.page import Page, overview_of
+from daemon.http_api.page import Page
 from daemon.http_api.server import CannotListen, HttpServer
 from daemon.http_api.token import Access
 from daemon.monitor.event_log import Reader
@@ -93,7 +93,6 @@ class HttpApi:
         application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/api/status", self._status)
-        application.router.add_get("/api/overview", self._overview)
         application.router.add_get("/api/population", self._population)
         application.router.add_get("/api/candidates/{id}", self._candidate)
         application.router.add_get("/api/events", self._events, allow_head=False)
@@ -124,9 +123,6 @@ class HttpApi:
 
     async def _status(self, _request: web.Request) -> web.Response:
         return _json(self._known_status().model_dump(mode="json"))
-
-    async def _overview(self, _request: web.Request) -> web.Response:
-        return _json(await overview_of(self._observer.record))
 
     async def _population(self, request: web.Request) -> web.Response:
         limit = _number(request, "limit", default=50, least=1, most=MAX_MEMBERS)

@@ -55,7 +55,7 @@ class Observer:
     def __init__(
         self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path, folder_errors: FolderErrors | None = None
     ) -> None:
-        self.redis, self.keys, self.spec = redis, keys, spec
+        self.redis, self.keys, self.spec, self.folder = redis, keys, spec, folder
         self._folder_errors = folder_errors or FolderErrors(folder)
         # Not durable, because the event loop, which renews the heartbeat, must not wait for a disk. A lost file is
         # soon written again.

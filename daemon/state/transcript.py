@@ -1,7 +1,10 @@
 """The transcript: the file of all questions to the LLM and their answers. Lines wait in memory if the disk is full."""
 
+import json
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -12,6 +15,26 @@ KEPT = 64_000_000
 """Maximum number of characters kept in memory while they cannot be written."""
 
 log = structlog.get_logger()
+
+
+def questions_of(path: Path, label: str, most: int) -> list[dict[str, Any]]:
+    """Return the last `most` records of the transcript `path` whose label begins with `label`.
+
+    Damaged lines are skipped, and a file that cannot be read holds none.
+    """
+    found: deque[dict[str, Any]] = deque(maxlen=most)
+    wanted = json.dumps({"label": label}, ensure_ascii=False)[1:-2]  # the text of a line that can match
+    with suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if wanted not in line:
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and str(record.get("label", "")).startswith(label):
+                found.append(record)
+    return list(found)
 
 
 class TranscriptFile:

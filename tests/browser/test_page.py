@@ -1,6 +1,7 @@
 """The page of a search in a real browser: Chromium, without a screen."""
 
 import asyncio
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -130,10 +131,17 @@ async def _is(control: Control, command: str) -> bool:
 
 async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) -> None:
     await it.searched()
-    await opened(page, it)
     offspring = next(e for e in it.search.state.population.top(10) if e.candidate.provenance.parents)
+    who = offspring.candidate.provenance
+    label = f"{who.agent} round {who.round} call {who.call} attempt 0"
+    message = {"role": "user", "content": HOSTILE}
+    asked = {"label": label, "endpoint": HOSTILE, "text": HOSTILE, "messages": [message]}
+    (it.observer.folder / "transcript.jsonl").write_text(json.dumps(asked) + "\n")
+    await opened(page, it)
     await page.click(f"#best button:text('{offspring.candidate.id}')")
     await shows(page, "#candidate-title", lambda text: offspring.candidate.id in text)
+    await page.click("#candidate-questions summary")
+    await shows(page, "#candidate-questions pre", lambda text: text == HOSTILE)
     await picture(page, "candidate")
     parent = offspring.candidate.provenance.parents[0]
     await page.click(f"#candidate-parents button:text('{parent}')")

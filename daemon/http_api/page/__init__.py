@@ -1,6 +1,7 @@
 """The page of a search: static files, and what they show besides the API's status and events."""
 
 import asyncio
+import statistics
 from importlib.resources import files
 
 from aiohttp import web
@@ -8,7 +9,14 @@ from aiohttp import web
 from daemon.monitor.observer import Observer
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.report import CHARTS, overview
+from daemon.state.journal import TRANSCRIPT
+from daemon.state.transcript import questions_of
+from protocol.plans.candidate import Measured
 
+MOST_QUESTIONS = 5
+"""Questions shown of a candidate: a question is asked again if its answer cannot be used."""
+RECENT = 20
+"""Evaluations by which the time that is left is estimated."""
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -35,6 +43,8 @@ class Page:
         for path in FILES:
             application.router.add_get(path, self._file)
         application.router.add_get("/api/charts/{name}", self._chart)
+        application.router.add_get("/api/overview", self._overview)
+        application.router.add_get("/api/candidates/{id}/questions", self._questions)
 
     async def _file(self, request: web.Request) -> web.Response:
         text, content_type = self._static[request.path]
@@ -56,7 +66,33 @@ class Page:
                 self._drawn[name] = (version, svg)
         return web.Response(text=svg, content_type="image/svg+xml")
 
+    async def _overview(self, _request: web.Request) -> web.Response:
+        """Reply with the figures and tables of the report, and with what is left; null before the model is measured."""
+        record, search = self._observer.record, self._observer.search
+        if record is None or search is None:
+            return web.json_response(None)
+        planned = search.settings.planned
+        left = {"planned": planned, "seconds_left": seconds_left(record, planned)}
+        return web.json_response(await asyncio.to_thread(overview, record) | left)
 
-async def overview_of(record: SearchRecord | None) -> dict[str, object] | None:
-    """Return the figures and tables of a search; None before the model has been measured."""
-    return None if record is None else await asyncio.to_thread(overview, record)
+    async def _questions(self, request: web.Request) -> web.Response:
+        """Reply with the questions to the LLM, and its answers, that led to a candidate, the last ones at the end."""
+        candidate = self._observer.ledger.get(request.match_info["id"])
+        if candidate is None:
+            raise web.HTTPNotFound(text="this search has no candidate with this id")
+        who = candidate.provenance
+        if who.source != "llm":
+            return web.json_response([])
+        label = f"{who.agent} round {who.round} call {who.call} "
+        path = self._observer.folder / TRANSCRIPT
+        return web.json_response(await asyncio.to_thread(questions_of, path, label, MOST_QUESTIONS))
+
+
+def seconds_left(record: SearchRecord, planned: int) -> float | None:
+    """Return how long the evaluations take that are left, by the last ones; None if that is not known."""
+    recent = [e.outcome.seconds for e in record.population.newest(RECENT) if isinstance(e.outcome, Measured)]
+    workers = len(record.status.workers) if record.status else 0
+    if not recent or not workers:
+        return None
+    left = max(0, planned - len(record.proposals))
+    return left * statistics.median(recent) / workers

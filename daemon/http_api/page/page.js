@@ -10,6 +10,7 @@ const byId = (id) => document.getElementById(id);
 let refreshWanted = true;
 let chartsOf = "";
 let status = null;
+let overview = null;
 let followed = 0;
 
 class Refused extends Error {}
@@ -88,7 +89,8 @@ function showStatus() {
   facts(byId("facts"), [
     ["state", state()],
     ["best ÷ uniform", best === null ? "–" : best.toFixed(3)],
-    ["measured", status.measured],
+    ["measured", overview ? `${status.measured} of ${overview.planned}` : status.measured],
+    ["measuring left", status.finished || !overview || overview.seconds_left === null ? "–" : duration(overview.seconds_left)],
     ["failed", status.failed],
     ["stopped early", status.stopped],
     ["round", status.round],
@@ -180,10 +182,24 @@ async function openCandidate(id) {
     if (found.parents.length) text(parents, "span", "parents:");
     for (const parent of found.parents) parents.append(opener(parent));
     byId("candidate-record").textContent = JSON.stringify(found, null, 1);
+    byId("candidate-questions").replaceChildren();
     if (!byId("candidate").open) byId("candidate").showModal();
+    for (const each of await askJson(`/api/candidates/${encodeURIComponent(id)}/questions`)) showQuestion(each);
   } catch (error) {
     report(error);
   }
+}
+
+function showQuestion(question) {
+  const details = document.createElement("details");
+  text(details, "summary", `${question.label}, asked of ${question.endpoint}`);
+  for (const message of question.messages) {
+    text(details, "h3", message.role);
+    text(details, "pre", message.content).tabIndex = 0;
+  }
+  text(details, "h3", "answer");
+  text(details, "pre", question.text ?? question.error).tabIndex = 0;
+  byId("candidate-questions").append(details);
 }
 
 function showEvent(event) {
@@ -200,10 +216,10 @@ async function refresh() {
   if (!refreshWanted || byId("search").hidden) return;
   refreshWanted = false;
   status = await askJson("/api/status");
+  overview = await askJson("/api/overview");
   showStatus();
-  const response = await askJson("/api/overview");
-  if (response !== null) {
-    showOverview(response);
+  if (overview !== null) {
+    showOverview(overview);
     await showCharts();
   } else {
     byId("verdict").textContent = "The model is being prepared.";

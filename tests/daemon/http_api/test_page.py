@@ -32,7 +32,8 @@ async def test_the_charts_and_tables_are_those_of_the_report(it: Observed) -> No
     record = it.observer.record
     assert record is not None
     status, shown = await it.ask("/api/overview")
-    assert status == 200 and shown == json.loads(json.dumps(overview(record)))
+    assert status == 200 and shown.items() >= json.loads(json.dumps(overview(record))).items()
+    assert shown["planned"] == 15 and shown["seconds_left"] == 0
     async with it.ask.request("/api/charts/progress") as response:
         assert response.content_type == "image/svg+xml" and await response.text() == draw_progress(record).svg
 
@@ -48,6 +49,19 @@ async def test_before_the_model_is_measured_there_is_nothing_to_draw(ask: Asked)
     status, answer = await ask("/api/charts/progress")
     assert status == 503 and "before the model has been measured" in answer["error"]
     assert (await ask("/api/charts/none"))[0] == 404
+
+
+async def test_the_questions_that_led_to_a_candidate_are_found_in_the_transcript(it: Observed) -> None:
+    await it.searched()
+    candidate = next(e.candidate for e in it.search.state.population if e.candidate.provenance.source == "llm")
+    who = candidate.provenance
+    label = f"{who.agent} round {who.round} call {who.call} attempt 0"
+    other = label.replace(f"call {who.call}", f"call {who.call}1")
+    lines = [json.dumps({"label": each, "text": each, "messages": []}) for each in (label, other)]
+    (it.observer.folder / "transcript.jsonl").write_text("not JSON\n" + "\n".join([*lines, lines[0][:30]]))
+    async with it.ask.request(f"/api/candidates/{candidate.id}/questions") as response:
+        assert [record["label"] for record in await response.json()] == [label]
+    assert (await it.ask("/api/candidates/none/questions"))[0] == 404
 
 
 async def test_a_chart_is_drawn_once_for_all_who_ask_until_there_is_a_new_outcome(
