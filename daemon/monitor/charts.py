@@ -1,8 +1,23 @@
 """The charts of a search: its progress, the best rates beside what the model itself says, and the best candidates."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
-from daemon.monitor.drawing import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PALE, RED, Canvas, Drawing, Scale, shade
+from daemon.monitor.drawing import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    RED,
+    SHADES,
+    Canvas,
+    Drawing,
+    Scale,
+    shade,
+)
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.summary import columns_of
 from protocol.plans.allocation import uniform_label
@@ -112,19 +127,21 @@ def draw_population(record: SearchRecord) -> Drawing:
     for kind in kinds:
         first = next(i for i in order if units[i].kind == kind)
         canvas.text(places[first], top - 8, f"{'MLP' if kind == 'mlp' else kind}, by depth")
+    cells: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for rank, member in enumerate(members):
         height = top + rank * row
         for i, rate in enumerate(member.candidate.rates):
-            about = f"{units[i].name}: {rate:.0%}"
-            canvas.bar(places[i], height, width + 0.1, row - 1, shade(rate / highest), about)
+            cells[shade(rate / highest)].append((places[i], height))
         assert isinstance(member.outcome, Measured), "members are measured"
         if rank % 5 == 0:
             canvas.text(LEFT - 6, height + row - 2, f"{rank + 1}", anchor="end", size=10)
             canvas.text(WIDTH - 104, height + row - 2, f"{member.outcome.fitness:.4g}", size=10)
+    for colour, corners in cells.items():
+        canvas.cells(corners, width + 0.1, row - 1, colour)
     canvas.text(WIDTH - 104, top - 8, record.spec.measure, size=10)
     below = top + row * len(members) + 14
-    for i in range(50):
-        canvas.bar(LEFT + i * 3, below, 3.1, 10, shade(i / 49))
+    for i in range(SHADES):
+        canvas.bar(LEFT + i * 3.6, below, 3.7, 10, shade(i / (SHADES - 1)))
     canvas.text(LEFT - 6, below + 9, "0 %", anchor="end", size=10)
     canvas.text(LEFT + 156, below + 9, f"{highest:.0%} removed", size=10)
     return canvas.drawing()

@@ -17,6 +17,7 @@ BLUE, RED, GREEN, PURPLE, ORANGE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79
 COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, "#56b4e9")
 INK, PALE = "#222222", "#dddddd"
 """Text and axes; the lines of a grid. Their classes are `ink` and `pale`, so that a page can recolour them."""
+SHADES = 41
 _SCALE = ((0, 32, 77), (49, 68, 107), (102, 105, 112), (149, 143, 120), (203, 186, 105), (255, 233, 69))
 """The colours of `shade` as red, green and blue: points on the scale Cividis, whose lightness rises evenly."""
 
@@ -102,6 +103,11 @@ class Canvas:
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}">{said}</rect>'
         )
 
+    def cells(self, corners: Iterable[tuple[float, float]], width: float, height: float, colour: str) -> None:
+        """Draw filled rectangles of one size at these upper left corners, as one element for all."""
+        moves = "".join(f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z" for x, y in corners)
+        self._parts.append(f'<path d="{moves}" fill="{colour}"/>')
+
     def text(self, x: float, y: float, said: str, *, anchor: str = "start", colour: str = INK, size: int = 12) -> None:
         """Write one line of text; `anchor` is start, middle or end."""
         self._parts.append(
@@ -141,8 +147,8 @@ class Scale:
 
 
 def shade(share: float) -> str:
-    """Return the colour for a share from 0 (dark blue) to 1 (yellow)."""
-    place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
+    """Return the colour for a share from 0 (dark blue) to 1 (yellow), one of SHADES."""
+    place = round(min(max(share, 0.0), 1.0) * (SHADES - 1)) / (SHADES - 1) * (len(_SCALE) - 1)
     below = min(int(place), len(_SCALE) - 2)
     darker, lighter = _SCALE[below], _SCALE[below + 1]
     mixed = (d + (b - d) * (place - below) for d, b in zip(darker, lighter, strict=True))

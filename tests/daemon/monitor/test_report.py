@@ -92,11 +92,20 @@ def test_each_unit_has_a_bar_of_its_rate_and_one_of_its_sensitivity() -> None:
 
 
 def test_the_best_candidate_is_the_top_row_of_the_population() -> None:
-    svg = draw_population(record_of(18.0, 16.0, 17.0)).svg
-    rows = re.findall(r'y="([0-9.]+)"[^>]*><title>layer 0: (\d+)%', svg)
-    best = record_of(18.0, 16.0, 17.0).population.best()
-    assert best is not None and rows[0][1] == f"{best.candidate.rates[0]:.0%}".rstrip("%")
-    assert [float(y) for y, _ in rows] == sorted(float(y) for y, _ in rows) and len(rows) == 3
+    record = record_of(18.0, 16.0, 17.0)
+    ranked = record.population.top(None)
+    highest = max(max(member.candidate.rates) for member in ranked)
+    svg = draw_population(record).svg
+    corners = {
+        (float(x), float(y)): colour
+        for moves, colour in re.findall(r'd="(M[^"]*z)" fill="(#[0-9a-f]{6})"', svg)
+        for x, y in re.findall(r"M([0-9.]+) ([0-9.]+)", moves)
+    }
+    heights = sorted({y for _, y in corners})
+    assert len(heights) == 3
+    for height, member in zip(heights, ranked, strict=True):
+        drawn = [colour for (_, y), colour in sorted(corners.items()) if y == height]
+        assert drawn == [shade(rate / highest) for rate in member.candidate.rates]
 
 
 def test_what_others_wrote_is_text_and_nothing_is_asked_of_a_network() -> None:
