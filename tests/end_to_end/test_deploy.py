@@ -1,6 +1,7 @@
 """What a deployment is made of: the user that Redis has for us, and the Dockerfile."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -181,3 +182,78 @@ def test_slurm_accepts_the_options_of_the_script(tmp_path: Path, damage: str) ->
     assert ("Invalid --time" in done.stderr) == bool(damage), done.stderr
     assert "unrecognized option" not in done.stderr
     assert damage or "Unable to contact slurm controller" in done.stderr, done.stderr
+
+
+def metrics_served() -> set[str]:
+    """The names of all metrics, as the reference lists them."""
+    text = (ROOT / "docs" / "reference" / "http-api.md").read_text()
+    rows = text.split("| metric | what it is |")[1].split("\n\n")[0]
+    names = {name for row in rows.splitlines()[2:] for name in re.findall(r"`([a-z_]+)", row.split("|")[1])}
+    return {f"selfpruner_{name}" for name in names}
+
+
+def alerts() -> dict[str, str]:
+    (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus-alerts.yaml").read_text())["groups"]
+    return {rule["alert"]: rule["expr"] for rule in group["rules"]}
+
+
+def panels() -> dict[str, str]:
+    """The expressions of the dashboard, with a value for its variable."""
+    dashboard = json.loads((ROOT / "deploy" / "grafana-dashboard.json").read_text())
+    return {
+        f"panel{panel['id']}{target['refId']}": target["expr"].replace("$instance", "host:8090")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+
+
+def test_alerts_and_dashboard_name_metrics_that_are_served() -> None:
+    served = metrics_served()
+    assert len(served) > 15
+    for expression in (*alerts().values(), *panels().values()):
+        for name in re.findall(r"selfpruner_[a-z_]+", expression):
+            assert name.removesuffix("_bucket") in served, name
+
+
+def test_prometheus_reads_the_alerts_and_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool on this machine (Debian: prometheus)")
+    rules = [{"record": f"checked:{name}", "expr": expression} for name, expression in panels().items()]
+    file = tmp_path / "panels.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    for each in (ROOT / "deploy" / "prometheus-alerts.yaml", file):
+        done = subprocess.run(["promtool", "check", "rules", each], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_alert_is_raised_when_a_search_stands_still_and_not_while_it_is_paused(tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool on this machine (Debian: prometheus)")
+    series = {
+        "selfpruner_finished": "0x180", "selfpruner_candidates_total": "7x180",
+        'selfpruner_workers{stage="preparing"}': "0x180", 'selfpruner_workers{stage="idle"}': "1x180",
+    }  # fmt: skip
+
+    summary = {"summary": "no candidate has had an outcome for an hour"}
+
+    def test_of(paused: int) -> dict[str, object]:
+        given = series | {"selfpruner_paused": f"{paused}x180"}
+        raised = [] if paused else [{"exp_annotations": summary, "exp_labels": {"instance": "h"}}]
+        return {
+            "interval": "1m",
+            "input_series": [{"series": _at_one_host(name), "values": values} for name, values in given.items()],
+            "alert_rule_test": [{"eval_time": "2h", "alertname": "SearchStandsStill", "exp_alerts": raised}],
+        }
+
+    file = tmp_path / "tests.yaml"
+    rules = [str(ROOT / "deploy" / "prometheus-alerts.yaml")]
+    file.write_text(
+        yaml.safe_dump({"rule_files": rules, "evaluation_interval": "1m", "tests": [test_of(0), test_of(1)]})
+    )
+    done = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _at_one_host(series: str) -> str:
+    name, _, labels = series.partition("{")
+    return f'{name}{{instance="h"' + (f", {labels}" if labels else "}")
