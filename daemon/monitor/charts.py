@@ -50,7 +50,8 @@ def draw_progress(*records: SearchRecord) -> Drawing:
     dots = _measured(only, is_relative=is_relative) if only else []
     rows = _lines(only, is_relative=is_relative) if only else {"uniform": 1.0} if is_relative else {}
     values = sorted(value for curve in curves for _, value in curve) + list(rows.values())
-    measure = MEASURE_NAMES[records[0].spec.measure]
+    measures = {record.spec.measure for record in records}
+    measure = MEASURE_NAMES[records[0].spec.measure] if len(measures) == 1 else "what each search minimises"
     label = f"{measure} ÷ {uniform_label(records[0].spec.reconstruction)}" if is_relative else measure
     ends = [f"{record.search}: {curve[-1][1]:.4g}" for record, curve in zip(records, curves, strict=True) if curve]
     canvas = Canvas(WIDTH, 360, f"Progress of {', '.join(r.search for r in records)}", f"{label}. " + "; ".join(ends))
@@ -214,7 +215,10 @@ def _best_so_far(record: SearchRecord, *, is_relative: bool) -> Curve:
 
 
 def _lines(record: SearchRecord, *, is_relative: bool) -> dict[str, float]:
-    """Return the values that a search is compared with. The dense model is left out where it would dwarf the rest."""
+    """Return the values that a search is compared with.
+
+    The dense model is not among them: it is so much better that all candidates would look alike.
+    """
     summary = record.summary
     of = columns_of(summary)[0].of
     uniform = of(summary.uniform)

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from agents.population.population import Evaluation
 from daemon.monitor.charts import SOURCE_NAMES, draw_population, draw_progress, draw_rates
 from daemon.monitor.drawing import Drawing
 from daemon.monitor.record import SearchRecord
@@ -71,6 +72,7 @@ def overview(record: SearchRecord) -> dict[str, Any]:
         "seconds": summary.seconds,
         "best": [_candidate(record, member) for member in record.population.top(BEST_SHOWN)],
         "plan": _plan(record),
+        "outcomes": record.population.outcomes,
         "spec": spec.model_dump(mode="json"),
         "device": record.profile.device,
     }
@@ -88,7 +90,7 @@ def _verdict(record: SearchRecord) -> str:
     if uniform:
         said += f", {best / uniform:.3f} times that of uniform pruning with the same number of parameters"
     if summary.improved is False:
-        said += "; on the text that counts, this is no gain"
+        said += "; the search has gained nothing" if record.spec.report is None else "; no gain on the report text"
     return said
 
 
@@ -117,8 +119,9 @@ def _agents(record: SearchRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _candidate(record: SearchRecord, member: Any) -> dict[str, Any]:
+def _candidate(record: SearchRecord, member: Evaluation) -> dict[str, Any]:
     who, outcome = member.candidate.provenance, member.outcome
+    assert isinstance(outcome, Measured), "members are measured"
     return {
         "id": member.candidate.id,
         "agent": who.agent,

@@ -1,7 +1,11 @@
 """The page of a search: static files, and what they show besides the API's status and events."""
 
 import asyncio
+import json
 import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 
 from aiohttp import web
@@ -15,6 +19,9 @@ from protocol.plans.candidate import Measured
 
 MOST_QUESTIONS = 5
 """Questions shown of a candidate: a question is asked again if its answer cannot be used."""
+LEAST_SECONDS = 1.0
+SHARE = 0.05
+"""Largest share of the time that each chart and the tables take to make."""
 RECENT = 20
 """Evaluations by which the time that is left is estimated."""
 FILES = {
@@ -26,6 +33,15 @@ FILES = {
 """Files and content types by the path that they are served under. They hold nothing of the search."""
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A chart or a table, and until when it is shown as it is."""
+
+    text: str
+    outcomes: int
+    good_until: float
+
+
 class Page:
     """Serves the page of the search that `observer` observes."""
 
@@ -35,8 +51,8 @@ class Page:
             path: ((files(__name__) / name).read_text(encoding="utf-8"), content_type)
             for path, (name, content_type) in FILES.items()
         }
-        self._drawn: dict[str, tuple[int, str]] = {}
-        self._drawing = asyncio.Lock()
+        self._made: dict[str, _Made] = {}
+        self._making = asyncio.Lock()
 
     def add_routes(self, application: web.Application) -> None:
         """Add the routes of the page."""
@@ -51,29 +67,44 @@ class Page:
         return web.Response(text=text, content_type=content_type)
 
     async def _chart(self, request: web.Request) -> web.Response:
-        """Reply with a chart as SVG, drawn anew only if there are new outcomes."""
+        """Reply with a chart as SVG. The header `Outcomes` says how many outcomes it shows."""
         name = request.match_info["name"]
         if name not in CHARTS:
             raise web.HTTPNotFound(text=f"there is no chart of this name; there are {', '.join(CHARTS)}")
-        async with self._drawing:  # many clients ask for the same chart
-            version, svg = self._drawn.get(name, (-1, ""))
-            if version != self._observer.population.outcomes:
-                record = self._observer.record
-                if record is None:
-                    raise web.HTTPServiceUnavailable(text="there are no charts before the model has been measured")
-                version = record.population.outcomes
-                svg = await asyncio.to_thread(lambda: CHARTS[name](record).svg)
-                self._drawn[name] = (version, svg)
-        return web.Response(text=svg, content_type="image/svg+xml")
+        made = await self._latest(name, lambda record: CHARTS[name](record).svg)
+        if made is None:
+            raise web.HTTPServiceUnavailable(text="there are no charts before the model has been measured")
+        return web.Response(text=made.text, content_type="image/svg+xml", headers={"Outcomes": str(made.outcomes)})
 
     async def _overview(self, _request: web.Request) -> web.Response:
         """Reply with the figures and tables of the report, and with what is left; null before the model is measured."""
-        record, search = self._observer.record, self._observer.search
-        if record is None or search is None:
-            return web.json_response(None)
-        planned = search.settings.planned
-        left = {"planned": planned, "seconds_left": seconds_left(record, planned)}
-        return web.json_response(await asyncio.to_thread(overview, record) | left)
+
+        def tables(record: SearchRecord) -> str:
+            left = {"planned": planned, "seconds_left": seconds_left(record, planned)}
+            return json.dumps(overview(record) | left, ensure_ascii=False)
+
+        planned = self._observer.search.settings.planned if self._observer.search else 0
+        made = await self._latest("overview", tables)
+        return web.Response(text="null" if made is None else made.text, content_type="application/json")
+
+    async def _latest(self, name: str, make: Callable[[SearchRecord], str]) -> "_Made | None":
+        """Return what `make` returned for the search as it is now, or a moment ago; None before it can be made.
+
+        It is made once for all clients, in a thread, at most once a second, and during at most a twentieth of the time,
+        because a long search has 100,000 candidates.
+        """
+        async with self._making:
+            made, now = self._made.get(name), time.monotonic()
+            if made is not None and now < made.good_until:
+                return made
+            record = self._observer.record
+            if record is None:
+                return None
+            text = await asyncio.to_thread(make, record)
+            took = time.monotonic() - now
+            made = _Made(text, record.population.outcomes, now + max(LEAST_SECONDS, took / SHARE))
+            self._made[name] = made
+            return made
 
     async def _questions(self, request: web.Request) -> web.Response:
         """Reply with the questions to the LLM, and its answers, that led to a candidate, the last ones at the end."""

@@ -4,14 +4,16 @@
 const EVENTS_SHOWN = 100;
 const REFRESH_MILLISECONDS = 1000;
 const RECONNECT_MILLISECONDS = 2000;
+const LAST_LOOK_MILLISECONDS = 5000;
 const TOKEN = "selfpruner-token";
 
 const byId = (id) => document.getElementById(id);
 let refreshWanted = true;
-let chartsOf = "";
+let chartsOf = -1;
 let status = null;
 let overview = null;
 let followed = 0;
+let lastLook = Infinity;
 
 class Refused extends Error {}
 
@@ -145,14 +147,18 @@ function showOverview(found) {
   ], found.best.slice(0, 10));
 }
 
+// The server draws a chart anew after a while only, so the charts may show fewer outcomes than there are.
 async function showCharts() {
-  const version = `${status.measured} ${status.best}`;
-  if (version === chartsOf) return;
+  if (chartsOf >= overview.outcomes) return;
+  const shown = [];
   for (const name of ["progress", "rates", "population"]) {
-    const drawn = new DOMParser().parseFromString(await (await ask(`/api/charts/${name}`)).text(), "image/svg+xml");
+    const response = await ask(`/api/charts/${name}`);
+    const drawn = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
     byId(name).replaceChildren(document.importNode(drawn.documentElement, true));
+    shown.push(Number(response.headers.get("Outcomes")));
   }
-  chartsOf = version;
+  chartsOf = Math.min(...shown);
+  if (chartsOf < overview.outcomes) refreshWanted = true;
 }
 
 function opener(id) {
@@ -212,8 +218,10 @@ function showEvent(event) {
   while (list.children.length > EVENTS_SHOWN) list.lastElementChild.remove();
 }
 
+// The server's answers may be a moment old, so after the last event the page looks once more.
 async function refresh() {
-  if (!refreshWanted || byId("search").hidden) return;
+  if (byId("search").hidden || !(refreshWanted || performance.now() > lastLook)) return;
+  lastLook = refreshWanted ? performance.now() + LAST_LOOK_MILLISECONDS : Infinity;
   refreshWanted = false;
   status = await askJson("/api/status");
   overview = await askJson("/api/overview");
