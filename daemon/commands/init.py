@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -22,7 +22,7 @@ from protocol.errors import SettingsError
 from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import SMOLLM2, check_model, expanded
 
-EndpointName = Literal["none", "openai", "vllm", "ollama", "lm-studio", "llama.cpp"]
+EndpointName = Literal["none", "openai", "vllm", "ollama", "lm-studio", "llama.cpp", "other"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,15 @@ class EndpointKind:
     about_model: str = ""
     more: Sequence[str] = ()
     """Further lines of the endpoint."""
+
+    def at(self, base_url: str | None, llm_model: str | None, api_key_file: str | None) -> "EndpointKind":
+        """Return this kind of server at an address, with a model and a key of the user's."""
+        more = [line for line in self.more if not (api_key_file and "api_key_file" in line)]
+        keyed = [f"api_key_file: {_quoted(api_key_file)}"] if api_key_file else []
+        named = {"base_url": base_url or self.base_url}
+        if llm_model:
+            named |= {"llm_model": llm_model, "about_model": ""}
+        return replace(self, **named, more=(*keyed, *more))
 
 
 KINDS: dict[EndpointName, EndpointKind] = {
@@ -65,6 +74,7 @@ KINDS: dict[EndpointName, EndpointKind] = {
         "               # llama-server accepts any name",
         ("grammar: true                # shorter replies; not for models that reason",),
     ),
+    "other": EndpointKind("http://127.0.0.1:8000/v1", "my-llm", "               # the name that the server expects"),
 }
 
 
@@ -77,6 +87,13 @@ def init(
     ] = None,
     endpoint: Annotated[EndpointName | None, flags.chosen(EndpointName, "The LLM that proposes", "none")] = None,
     llm_model: Annotated[str | None, typer.Option(help="The name of the LLM at its endpoint.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="The endpoint's address, up to `/v1`, for any OpenAI-compatible server.")
+    ] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="A file that holds only the endpoint's key.")] = None,
+    report_data: Annotated[
+        str | None, typer.Option(help="Text of the final figures; by default a text named like --data.")
+    ] = None,
 ) -> None:
     """Write a commented file of settings. On a terminal, it asks for the model, the text and the endpoint."""
     path = expanded(file)
@@ -92,13 +109,24 @@ def init(
         usual = "self" if model == SMOLLM2 else "wikitext2"
         data = typer.prompt("Text to search on (wikitext2, c4, self, or a file)", usual) if asks else usual
     if endpoint is None:
-        endpoint = _asked_endpoint() if asks else "none"
-    check_text(data)
-    if llm_model and endpoint == "none":
-        raise SettingsError("--llm-model needs --endpoint")
-    if not "".join((str(file), model, data, llm_model or "")).isprintable():
+        endpoint = "other" if base_url else _asked_endpoint() if asks else "none"
+    for text in (data, report_data or data):
+        check_text(text)
+    if endpoint == "none" and (llm_model or base_url or api_key_file):
+        raise SettingsError("--llm-model, --base-url and --api-key-file need --endpoint")
+    kind = KINDS[endpoint]
+    if asks and endpoint == "other" and base_url is None:
+        base_url = typer.prompt("Address of the LLM", kind.base_url)
+    if asks and endpoint != "none" and llm_model is None:
+        llm_model = typer.prompt("Name of the LLM at its endpoint", kind.llm_model)
+    if asks and endpoint == "other" and api_key_file is None:
+        api_key_file = typer.prompt("File with its key (empty: it needs none)", "", show_default=False) or None
+    if not "".join(
+        filter(None, (str(file), model, data, llm_model, base_url, api_key_file, report_data))
+    ).isprintable():
         raise SettingsError("names of files, models and texts are one line each")
-    text = settings_text(str(file), model, rate, data, endpoint, llm_model)
+    kind = kind.at(base_url, llm_model, api_key_file)
+    text = settings_text(str(file), model, rate, data, kind, report_data or data)
     try:
         Settings.model_validate(yaml.safe_load(text))
     except ValidationError as error:
@@ -107,7 +135,8 @@ def init(
         write_atomically(path, text)
     except OSError as error:
         raise SettingsError(f"{str(file)!r} cannot be written: {error.strerror}") from None
-    typer.echo(f"wrote {file}; start the search: selfpruner run {shlex.quote(str(file))}")
+    name = shlex.quote(str(file))
+    typer.echo(f"wrote {file}; look through it, check it (selfpruner check {name}), then selfpruner run {name}")
 
 
 def _asked_endpoint() -> EndpointName:
@@ -118,11 +147,8 @@ def _asked_endpoint() -> EndpointName:
     return cast(EndpointName, answer)
 
 
-def settings_text(
-    file: str, model: str, rate: float, data: str, endpoint: EndpointName, llm_model: str | None = None
-) -> str:
-    """Return the YAML text of a search that prunes `model` on the text `data`."""
-    kind = KINDS[endpoint]
+def settings_text(file: str, model: str, rate: float, data: str, endpoint: EndpointKind, report: str) -> str:
+    """Return the YAML text of a search that prunes `model` on the text `data`, and reports on the text `report`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).strip("-.") or "search"
     template = resources.files("configs").joinpath("init.yaml.j2").read_text(encoding="utf-8")
     form: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
@@ -133,8 +159,9 @@ def settings_text(
         model=_quoted(model),
         rate=repr(rate),
         data=_quoted(data),
-        endpoint=kind,
-        llm_model=_quoted(llm_model or kind.llm_model),
+        report=_quoted(report),
+        endpoint=endpoint,
+        quoted=_quoted,
     )
 
 

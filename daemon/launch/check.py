@@ -30,6 +30,9 @@ ENDPOINT_SECONDS = 120.0
 RESERVE_BYTES = 10**9
 """Free disk space that a search should have beside the exported model, for its log and its history."""
 
+LEAST_CALIBRATION_TOKENS = 4000
+"""Fewer calibration tokens than this are warned of: see docs/lab-notes/reconstruction.md."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -142,7 +145,12 @@ def _texts(settings: Settings, needs: Needs) -> Finding:
     if not needs.windows:
         return Finding("texts", "unknown", "they cannot be read without the model's tokeniser")
     each = ", ".join(f"{count:,} windows for {role}" for role, count in needs.windows.items())
-    return Finding("texts", "ok", f"{each}, of {settings.data.seqlen} tokens each")
+    said = f"{each}, of {settings.data.seqlen} tokens each"
+    calibration = needs.windows.get("calibration", 0) * settings.data.seqlen
+    if settings.search.reconstruction == "least-squares" and calibration < LEAST_CALIBRATION_TOKENS:
+        few = f"{calibration:,} calibration tokens are few for least squares: a fit on 2,000 is worse than none"
+        return Finding("texts", "warning", f"{said}; {few}")
+    return Finding("texts", "ok", said)
 
 
 def _memory(needs: Needs) -> Finding:

@@ -205,6 +205,7 @@ def expected_cost(
         f"{speed.read / 1e9:,.3g} GB/s ({_time(reading)}), whichever takes longer",
         f"measuring: {search.planned} candidates and uniform pruning, "
         f"{workers} worker{'s' * (workers > 1)}: {_time(measuring)}",
+        *([] if questions is None else [_proposers(settings)]),
         *asking.lines,
         f"together: {_time(whole)}",
         *price,
@@ -225,6 +226,18 @@ def expected_cost(
         money=money,
         arithmetic=tuple(line for line in lines if line.split()[0] not in left_out),
     )
+
+
+def _proposers(settings: Settings) -> str:
+    """Return how many candidates the LLM proposes, which the recommended settings keep few."""
+    search, share = settings.search, settings.llm.share
+    first = search.population - len(search.seeds) if search.initializer == "llm" else 0
+    by_llm = search.mutations * (search.mutator == "llm") + search.crossovers * (search.crossover == "llm")
+    later = share * by_llm / max(1, search.mutations + search.crossovers) * (search.planned - search.population)
+    said = f"proposals by the LLM: about {first + later:,.0f} of {search.planned:,} candidates"
+    if first + later > 0.9 * search.planned:
+        return said
+    return f"{said}; search.initializer, search.seeds and llm.share leave the others to allocations and an optimiser"
 
 
 def _money(settings: Settings, asking: _Asking) -> tuple[Range | None, list[str]]:

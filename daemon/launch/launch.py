@@ -214,12 +214,15 @@ class Launch:
     async def _wait_for_llm(self, chat: "Chat", *, is_new: bool) -> None:
         if self._settings.search.asks_llm:
             most = self._settings.llm.start_wait_seconds
-            advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
-            await chat.wait_ready(
-                lambda name: log.warning("endpoint_not_ready", endpoint=name, waits_s=most, advice=advice),
-                at_most=most,
-                refuse=is_new,
-            )
+
+            def announce(name: str) -> None:
+                if not self._settings.llm.endpoints:
+                    log.info("local_llm_loading", endpoint=name, waits_s=most)
+                    return
+                advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
+                log.warning("endpoint_not_ready", endpoint=name, waits_s=most, advice=advice)
+
+            await chat.wait_ready(announce, at_most=most, refuse=is_new)
 
     async def _search_to_its_end(self, search: Search) -> None:
         """Run the search. Even if it fails, save its usage and publish its status at the end."""

@@ -1,10 +1,12 @@
 """`selfpruner run`, a search with everything on this machine, and `selfpruner daemon`, whose services run elsewhere."""
 
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +24,8 @@ from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
 from daemon.settings.target import check_text
-from protocol.errors import SettingsError
+from daemon.state.journal import PROFILE
+from protocol.errors import SettingsError, UsageError
 from protocol.runtime import logs
 from protocol.runtime.paths import check_model
 from protocol.runtime.signals import run_in_thread, run_until_signal
@@ -34,10 +37,22 @@ def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]
     Raises UsageError for invalid settings before anything is started.
     """
     check_here(settings)
-    with lock_folder(settings.folder) as lock:
+    with _no_folder_of_nothing(settings.folder), lock_folder(settings.folder) as lock:
         access = _configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
         return run_until_signal(_run_embedded(settings, access, display, lock))
+
+
+@contextmanager
+def _no_folder_of_nothing(folder: Path) -> Iterator[None]:
+    """If the block fails because of invalid input before the model was measured, remove the folder that it made."""
+    was_there = folder.exists()
+    try:
+        yield
+    except UsageError:
+        if not was_there and not (folder / PROFILE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def run_quietly(settings: Settings, display: Follower) -> tuple[Summary | None, signal.Signals | None]:
@@ -46,7 +61,7 @@ def run_quietly(settings: Settings, display: Follower) -> tuple[Summary | None, 
     The search logs to its folder only, and the program's own logging is left as it was.
     """
     check_here(settings)
-    with lock_folder(settings.folder) as lock, logs.left_as_before():
+    with _no_folder_of_nothing(settings.folder), lock_folder(settings.folder) as lock, logs.left_as_before():
         access = _configure_logs(settings, None)
         return run_in_thread(_run_embedded(settings, access, display, lock))
 

@@ -177,7 +177,7 @@ def _table(summary: Summary) -> Table:
     columns = columns_of(summary)
     table = Table()
     table.add_column("")
-    table.add_column(f"ratio to {uniform_label(summary.reconstruction)}", justify="right")
+    table.add_column(f"{columns[0].title} ÷ {uniform_label(summary.reconstruction)}", justify="right")
     for column in columns:
         table.add_column(column.title, justify="right")
     table.add_column("parameters", justify="right")

@@ -116,7 +116,7 @@ function showOverview(found) {
   const figures = found.columns.map((title, i) => [title, (line) => line.figures[i]]);
   table("figures", [
     ["", (line) => line.name, true],
-    ["ratio to uniform", (line) => line.ratio],
+    [`${found.columns[0]} ÷ uniform`, (line) => line.ratio],
     ...figures,
     ["parameters", (line) => line.parameters],
   ], found.lines);

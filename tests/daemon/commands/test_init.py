@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from daemon.commands.init import EndpointName, settings_text
+from daemon.commands.init import KINDS, EndpointName, settings_text
 from daemon.settings.settings import setting_names
 from daemon.settings.sources import load
 from tests.support.cli import Cli
@@ -38,9 +38,22 @@ def test_without_flags_and_a_terminal_it_is_the_small_model(tmp_path: Path, cli:
     assert (settings.target.model, settings.data.fitness, settings.llm.endpoints) == ("smollm2", "self", ())
 
 
+def test_any_server_and_its_key_and_another_text_for_the_report_are_named(tmp_path: Path, cli: Cli) -> None:
+    file, report = tmp_path / "a.yaml", tmp_path / "report.txt"
+    report.write_text("another text")
+    flags = ("--base-url", "http://llm:9000/v1", "--llm-model", "mine", "--api-key-file", "~/.secrets/mine")
+    assert cli.run("init", file, *flags, "--report-data", report)[0] == 0
+    settings = load(file, [])
+    (endpoint,) = settings.llm.endpoints
+    assert (endpoint.base_url, endpoint.model) == ("http://llm:9000/v1", "mine")
+    assert str(endpoint.api_key_file).endswith(".secrets/mine")
+    assert (settings.data.fitness, settings.data.report) == ("self", str(report))
+    assert "need --endpoint" in cli.error("init", tmp_path / "b.yaml", "--llm-model", "mine", "--endpoint", "none")
+
+
 def test_names_need_no_quoting(tmp_path: Path) -> None:
     odd = "it's: a #name"
-    found = yaml.safe_load(settings_text("123.yaml", odd, 0.3, odd, "vllm", odd))
+    found = yaml.safe_load(settings_text("123.yaml", odd, 0.3, odd, KINDS["vllm"].at(None, odd, None), odd))
     assert found["search"]["name"] == "123"
     assert found["target"]["model"] == found["data"]["fitness"] == found["llm"]["endpoints"][0]["model"] == odd
 
@@ -64,7 +77,7 @@ def test_a_mistake_is_named_and_nothing_is_written(
 @pytest.mark.parametrize("endpoint", ["openai", "vllm", "ollama", "lm-studio"])
 def test_the_file_of_each_endpoint_is_what_init_writes(endpoint: EndpointName) -> None:
     file = f"configs/{endpoint}.yaml"
-    assert (ROOT / file).read_text() == settings_text(file, EXAMPLE, 0.3, "wikitext2", endpoint)
+    assert (ROOT / file).read_text() == settings_text(file, EXAMPLE, 0.3, "wikitext2", KINDS[endpoint], "wikitext2")
 
 
 def test_the_schema_names_every_setting_and_no_other(cli: Cli) -> None:

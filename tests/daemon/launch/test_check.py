@@ -176,6 +176,21 @@ def test_texts_that_are_written_together_take_less_time_until_computing_takes_lo
     assert hours[0] > hours[1] > hours[2] and hours[3] == hours[4] > hours[0]
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "about 20 of 20 candidates"),
+        (("llm.share=0.5", "llm.reply=moves"), "about 15 of 20 candidates; search.initializer"),
+        (("search.initializer=plans", "llm.reply=moves", "llm.share=0.5"), "about 5 of 20 candidates"),
+        (("search.mutator=plans", "search.seeds=[owl]", "llm.reply=moves"), "about 13 of 20 candidates"),
+    ],
+)
+def test_it_says_how_many_candidates_the_llm_proposes(tmp_path: Path, more: tuple[str, ...], said: str) -> None:
+    size = ("search.population=10", "search.rounds=2", "search.mutations=3", "search.crossovers=2")
+    cost = expected_cost(local_settings(tmp_path, *size, *more), NEEDS, SPEED, QUESTIONS)
+    assert any(line.startswith(f"proposals by the LLM: {said}") for line in cost.arithmetic)
+
+
 def test_money_is_tokens_times_price(tmp_path: Path) -> None:
     endpoint = "{base_url: 'http://x/v1', model: m, price_in: 2, price_out: 10}"
     settings = local_settings(tmp_path, f"llm.endpoints=[{endpoint}]", "search.rounds=10")

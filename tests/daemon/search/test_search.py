@@ -375,7 +375,7 @@ async def test_the_summary_says_which_uniform_the_ratio_is_to(search: Search) ->
         summarise("test", replace(search.state, spec=spec), {}, finished=True)
         for spec in (SPEC, SPEC.model_copy(update={"reconstruction": "least-squares"}))
     )
-    assert "ratio to uniform, rectangular" in shown(plain) and "ratio to uniform, fitted" in shown(fitted)
+    assert "perplexity ÷ uniform, rectangular" in shown(plain) and "÷ uniform, fitted" in shown(fitted)
     weak = "uniform is a weak baseline here"
     assert weak in shown(plain) and weak not in shown(fitted)
     assert plain.model_dump()["uniform"].keys() == plain.model_dump()["best"].keys()
