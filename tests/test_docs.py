@@ -90,7 +90,7 @@ def test_modules_and_targets_of_make_exist() -> None:
     for page in PAGES:
         text = page.read_text()
         for module in re.findall(r"python3? -m ([\w.]+)", text):
-            assert find_spec(module), (page, module)
+            assert module.startswith("vllm.") or find_spec(module), (page, module)  # vLLM has its own environment
         for line in lines(page):
             if line.startswith("make "):
                 assert line.split()[1] in targets, (page, line)
