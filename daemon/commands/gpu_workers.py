@@ -14,10 +14,12 @@ def work_on_gpus(count: int, flags: Sequence[str]) -> int:
     """Run `count` workers with `flags`, each on a GPU of its own, until all have ended; return the highest exit code.
 
     SIGINT and SIGTERM go on to all of them; when this process is killed, they end. A worker that dies is not replaced.
-    Raises SettingsError if the machine has fewer GPUs.
+    Raises SettingsError for less than one, and if the machine has fewer GPUs.
     """
     from gpu_worker.worker.gpu_lock import visible_gpus
 
+    if count < 1:
+        raise SettingsError(f"--gpus cannot be {count}: give 1 or more")
     there = len(asyncio.run(visible_gpus()))
     if there < count:
         raise SettingsError(f"--gpus {count} is more than the {there} GPUs that this machine shows")

@@ -43,7 +43,7 @@ def worker(
         bool, typer.Option("--own-gpu", help="Use one GPU that no other worker on this machine uses.")
     ] = False,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Run this many workers, each on one GPU that no other worker uses.")
+        int | None, typer.Option(help="Run this many workers, each on one GPU that no other worker uses.")
     ] = None,
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", help="Exit once the search ends, to free the GPU.")

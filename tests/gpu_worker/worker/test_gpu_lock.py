@@ -87,6 +87,7 @@ def test_one_command_starts_a_worker_on_each_gpu_and_a_signal_ends_them_all(serv
 @pytest.mark.one_server
 def test_workers_on_gpus_give_their_worst_exit_code(server: Server, nvidia_smi: Path, cli: Cli) -> None:
     assert cli.error("worker", "--gpus", 4) == "--gpus 4 is more than the 3 GPUs that this machine shows"
+    assert "--gpus cannot be 0" in cli.error("worker", "--gpus", 0)
     another = another_worker()
     assert another.stdout is not None and another.stdout.readline()
     flags = ["--redis-url", server.url, "--search", "none", "--idle-seconds", "0"]
