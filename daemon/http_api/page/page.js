@@ -115,7 +115,7 @@ function showOverview(found) {
   byId("export").textContent = found.best.length ? `selfpruner export --search ${found.name} --format hf --out DIR` : "";
   const figures = found.columns.map((title, i) => [title, (line) => line.figures[i]]);
   table("figures", [
-    ["", (line) => line.name, true],
+    ["model", (line) => line.name, true],
     [`${found.columns[0]} ÷ uniform`, (line) => line.ratio],
     ...figures,
     ["parameters", (line) => line.parameters],
