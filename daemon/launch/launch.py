@@ -52,7 +52,8 @@ log = structlog.get_logger()
 class Launch:
     """The work of one process on a search.
 
-    `embedded` says that this process also started the workers, and the server if redis.url is not set.
+    `embedded` says that this process also started the workers, the server if redis.url is not set, and an LLM if
+    llm.endpoints is empty.
     `workers_are_unusable` returns whether all of these workers have exited because they cannot work. If `access` is
     given, the HTTP API is served, and `announce` is called with its URL. `more_duties` are further tasks that run
     beside the search.
@@ -75,6 +76,7 @@ class Launch:
         self._spec = settings.spec()
         self._endpoints = endpoints
         self._own_server = embedded and settings.redis.url is None
+        self._own_llm = embedded and not settings.llm.endpoints
         self._workers_are_unusable = workers_are_unusable
         self._display = display
         keys = Keys(settings.search.name)
@@ -216,7 +218,7 @@ class Launch:
             most = self._settings.llm.start_wait_seconds
 
             def announce(name: str) -> None:
-                if not self._settings.llm.endpoints:
+                if self._own_llm:
                     log.info("local_llm_loading", endpoint=name, waits_s=most)
                     return
                 advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
