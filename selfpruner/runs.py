@@ -8,7 +8,7 @@ from agents.population.population import Evaluation
 from daemon.monitor.charts import draw_population, draw_progress, draw_rates
 from daemon.monitor.drawing import Drawing
 from daemon.monitor.record import SearchRecord
-from daemon.monitor.report import render_report
+from daemon.monitor.report import save_report
 from daemon.monitor.status import Status
 from daemon.monitor.summary import Summary
 from daemon.state.journal import BEST, saved
@@ -17,7 +17,6 @@ from protocol.plans.candidate import Failed, Measured
 from protocol.results.commands import ExportResult
 from protocol.results.formats import Destination, GgufType, formats_of, gguf_type_of
 from protocol.runtime import logs
-from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import expanded
 
 if TYPE_CHECKING:
@@ -90,8 +89,9 @@ class Run:
 
     def report(self, out: str | Path) -> Path:
         """Write the search's report, one HTML file that needs no network, as `selfpruner report` does."""
-        write_atomically(expanded(Path(out)), render_report([self._record]))
-        return expanded(Path(out))
+        file = expanded(Path(out))
+        save_report([self._record], file)
+        return file
 
     def export(
         self,

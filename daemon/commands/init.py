@@ -92,7 +92,7 @@ def init(
     ] = None,
     api_key_file: Annotated[str | None, typer.Option(help="A file that holds only the endpoint's key.")] = None,
     report_data: Annotated[
-        str | None, typer.Option(help="Text of the final figures; by default a text named like --data.")
+        str | None, typer.Option(help="Text of the final figures; by default that of --data.")
     ] = None,
 ) -> None:
     """Write a commented file of settings. On a terminal, it asks for the model, the text and the endpoint."""
@@ -121,9 +121,8 @@ def init(
         llm_model = typer.prompt("Name of the LLM at its endpoint", kind.llm_model)
     if asks and endpoint == "other" and api_key_file is None:
         api_key_file = typer.prompt("File with its key (empty: it needs none)", "", show_default=False) or None
-    if not "".join(
-        filter(None, (str(file), model, data, llm_model, base_url, api_key_file, report_data))
-    ).isprintable():
+    given = (str(file), model, data, llm_model, base_url, api_key_file, report_data)
+    if not "".join(filter(None, given)).isprintable():
         raise SettingsError("names of files, models and texts are one line each")
     kind = kind.at(base_url, llm_model, api_key_file)
     text = settings_text(str(file), model, rate, data, kind, report_data or data)

@@ -10,9 +10,8 @@ from daemon.commands import flags
 from daemon.commands.output import print_result
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.remote import chosen_search, folder_of
-from daemon.monitor.report import charts_of, render_report
+from daemon.monitor.report import charts_of, save_report
 from protocol.errors import SettingsError
-from protocol.runtime.files import write_atomically
 
 
 def report(
@@ -35,11 +34,10 @@ def report(
     names = list(dict.fromkeys(search or [chosen_search(None, None, folder)]))
     records = [SearchRecord.read(folder_of(folder, name)) for name in names]
     written: list[Path] = []
+    if out:
+        save_report(records, out)
+        written.append(out)
     try:
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, render_report(records))
-            written.append(out)
         for place, suffix in ((svg, ".svg"), (png, ".png")):
             if place:
                 place.mkdir(parents=True, exist_ok=True)

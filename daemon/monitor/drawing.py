@@ -1,7 +1,7 @@
 """A drawing as SVG: lines, bars, dots and text on a canvas, and ticks of axes.
 
-Written here because a drawing is a dozen kinds of elements, and the daemon, which needs no numpy, draws while a search
-runs. Colours are those of Okabe and Ito, which colour-blind people can tell apart.
+Written here because a drawing is a few kinds of elements, and the daemon, which draws while a search runs, needs no
+plotting library for them. Colours are those of Okabe and Ito, which colour-blind people can tell apart.
 """
 
 import math

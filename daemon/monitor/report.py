@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -15,8 +16,10 @@ from daemon.monitor.charts import SOURCE_NAMES, draw_population, draw_progress, 
 from daemon.monitor.drawing import Drawing
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.summary import columns_of, lines_of
+from protocol.errors import UsageError
 from protocol.plans.candidate import Failed, Measured
 from protocol.plans.spec import FIGURE_DIGITS, MEASURE_NAMES
+from protocol.runtime.files import write_atomically
 
 REPORT = "report.html"
 """File of a search's folder with its report."""
@@ -39,6 +42,15 @@ def render_report(records: Sequence[SearchRecord]) -> str:
         compared=Markup(draw_progress(*records).svg) if len(records) > 1 else None,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
+
+
+def save_report(records: Sequence[SearchRecord], file: Path) -> None:
+    """Write the report, and the folder that it is to lie in. Raises UsageError if that is not possible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, render_report(records))
+    except OSError as error:
+        raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
 
 
 def charts_of(records: Sequence[SearchRecord]) -> dict[str, Drawing]:

@@ -90,6 +90,7 @@ def test_its_charts_and_its_report_are_drawn(found: Found, tmp_path: Path) -> No
     run, _ = found
     for drawing in (run.plot(), run.plot_rates(), run.plot_population()):
         assert drawing.save(tmp_path / "chart.svg").read_text().startswith("<svg")
+    assert all(f">{name} " in run.plot().svg for name in ("best", "uniform")) and 'class="dots"' in run.plot().svg
     assert "<h1>Pruning" in run.report(tmp_path / "report.html").read_text()
 
 
