@@ -68,6 +68,11 @@ class Chat:
         return {connection.endpoint.name: connection.usage for connection in self._connections}
 
     @property
+    def costs(self) -> dict[str, float]:
+        """Cost of this process's tokens by endpoint name, at the endpoint's prices."""
+        return {c.endpoint.name: c.usage.spent(c.endpoint).cost for c in self._connections}
+
+    @property
     def contexts(self) -> dict[str, int | None]:
         """Context size in tokens by endpoint name: the configured size, else the size that the endpoint reported."""
         return {connection.endpoint.name: connection.context for connection in self._connections}

@@ -233,6 +233,7 @@ class Connection:
     def _answer(self, completion: Completion, seconds: float) -> Answer:
         self._count(completion)
         self.usage.answers += 1
+        self.usage.seconds += seconds
         return Answer(
             # Secrets are masked before the text is cut, because a part of a key would not be found. One character
             # above the limit shows that the text was longer.

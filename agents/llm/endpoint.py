@@ -48,10 +48,14 @@ class Answer:
 
 @dataclass
 class Usage:
-    """Running totals of one endpoint. `requests` counts HTTP requests, retries included."""
+    """Running totals of one endpoint. `requests` counts HTTP requests, retries included.
+
+    `seconds` is the time that answers took, with their retries.
+    """
 
     requests: int = 0
     answers: int = 0
+    seconds: float = 0.0
     errors: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0

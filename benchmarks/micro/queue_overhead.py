@@ -71,6 +71,7 @@ class Side:
     """The daemon's side: queue, keeper and population."""
 
     def __init__(self, url: str) -> None:
+        self.url = url
         self.redis = connect(url)
         self.queue = CandidateQueue(self.redis, KEYS, epoch=1, fingerprint=SPEC.fingerprint)
         self.ledger: dict[str, Candidate] = {}

@@ -5,8 +5,6 @@ not affect the search.
 """
 
 import asyncio
-import json
-import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +19,7 @@ from daemon.http_api.metrics import CONTENT_TYPE, Metrics
 from daemon.http_api.page import Page
 from daemon.http_api.server import CannotListen, HttpServer
 from daemon.http_api.token import Access
-from daemon.monitor.event_log import Reader
+from daemon.monitor.event_log import Reader, strict_json
 from daemon.monitor.events import Event
 from daemon.monitor.observer import Observer
 from daemon.monitor.status import Status
@@ -32,7 +30,8 @@ from protocol.queue.control import Command, Control
 DEFAULT_PORT = 8090
 MAX_MEMBERS = 500
 """Maximum number of population members in one reply."""
-MAX_EVENT_STREAMS = 32
+MAX_EVENT_STREAMS = 224
+"""Fewer than connections (server.py), so that there is always one for other requests."""
 CONTROL_SECONDS = 3.0
 PING_SECONDS = 15.0
 
@@ -179,7 +178,7 @@ class HttpApi:
         reader = self._observer.events.reader(request.headers.get("Last-Event-ID"))
         try:
             if status := self._observer.status:
-                await _send(response, f"event: status\ndata: {_text(status.model_dump(mode='json'))}\n\n")
+                await _send(response, f"event: status\ndata: {strict_json(status.model_dump(mode='json'))}\n\n")
             while (text := await _next(reader)) is not None:
                 await _send(response, text)
         except ConnectionResetError:
@@ -194,15 +193,13 @@ class HttpApi:
 
 
 async def _next(reader: Reader) -> str | None:
-    """Return the next event as text, or a keep-alive comment after PING_SECONDS; None at the end of the log."""
+    """Return the next events as text, or a keep-alive comment after PING_SECONDS; None at the end of the log."""
     try:
         async with asyncio.timeout(PING_SECONDS):
-            event = await reader.next()
+            events = await reader.next()
     except TimeoutError:
         return ": nothing new\n\n"
-    if event is None:
-        return None
-    return f"id: {event.id}\nevent: {event.record['event']}\ndata: {_text(event.record)}\n\n"
+    return None if events is None else "".join(event.text for event in events)
 
 
 async def _send(response: web.StreamResponse, text: str) -> None:
@@ -221,19 +218,4 @@ def _number(request: web.Request, name: str, *, default: int, least: int, most: 
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(text=_text(value), status=status, content_type="application/json")
-
-
-def _text(value: Any) -> str:
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return web.Response(text=strict_json(value), status=status, content_type="application/json")

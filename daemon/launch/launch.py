@@ -291,6 +291,7 @@ class Launch:
     def _record(self, record: dict[str, object]) -> None:
         self._journal.transcript(record)
         self._usage.request_made()
+        self._observer.count_question(record)
         if self._api:
             self._api.metrics.observe(record)
 

@@ -1,9 +1,13 @@
-"""The last events of a search, for readers that wait for the next event. A slow reader does not use more memory."""
+"""The last events of a search, for readers that wait for the next events. A slow reader does not use more memory."""
 
 import asyncio
+import json
+import math
 import secrets
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from daemon.monitor.events import Event
@@ -18,21 +22,42 @@ class NumberedEvent:
     id: str
     record: dict[str, Any]
 
+    @cached_property
+    def text(self) -> str:
+        """The event as a server-sent event. It is written once for all readers, because there may be hundreds."""
+        return f"id: {self.id}\nevent: {self.record['event']}\ndata: {strict_json(self.record)}\n\n"
+
+
+def strict_json(value: Any) -> str:
+    """Return `value` as JSON in one line, with null in place of NaN and infinity, which JSON does not have."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
 
 class EventLog:
     """Keeps the last events. A reader that falls behind gets the number of events that it missed."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._prefix = secrets.token_hex(4)
-        self._events: deque[dict[str, Any]] = deque(maxlen=kept)
+        self._events: deque[NumberedEvent] = deque(maxlen=kept)
         self._count = 0
         self._news = asyncio.Event()
         self._closed = False
 
     def add(self, events: list[Event]) -> None:
         """Append events and wake the waiting readers."""
-        self._events.extend(event.record() for event in events)
-        self._count += len(events)
+        for event in events:
+            self._count += 1
+            self._events.append(NumberedEvent(self._id(self._count), event.record()))
         if events:
             self._wake()
 
@@ -48,8 +73,8 @@ class EventLog:
         """
         return Reader(self, self._position(last_id))
 
-    async def next(self, position: int) -> tuple[int, NumberedEvent] | None:
-        """Wait for the event at `position`, and return the next position and the event.
+    async def next(self, position: int) -> tuple[int, list[NumberedEvent]] | None:
+        """Wait for events from `position` on, and return the next position and all the events that there are.
 
         Returns None at the end of a closed log.
         """
@@ -60,8 +85,8 @@ class EventLog:
         first_kept = self._count - len(self._events)
         if position < first_kept:
             missed = {"event": "events_missed", "count": first_kept - position}
-            return first_kept, NumberedEvent(self._id(first_kept), missed)
-        return position + 1, NumberedEvent(self._id(position + 1), self._events[position - first_kept])
+            return first_kept, [NumberedEvent(self._id(first_kept), missed)]
+        return self._count, list(islice(self._events, position - first_kept, None))
 
     def _wake(self) -> None:
         # Wake the current readers. Readers that come later wait on the new asyncio.Event.
@@ -87,10 +112,10 @@ class Reader:
         self._log = log
         self._position = position
 
-    async def next(self) -> NumberedEvent | None:
-        """Wait for the next event and return it; None at the end of a closed log."""
+    async def next(self) -> list[NumberedEvent] | None:
+        """Wait for the next events and return them; None at the end of a closed log."""
         found = await self._log.next(self._position)
         if found is None:
             return None
-        self._position, event = found
-        return event
+        self._position, events = found
+        return events

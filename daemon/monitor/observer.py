@@ -1,10 +1,11 @@
-"""Observer: observes the search of this process once a second, and publishes its status.
+"""Observer: observes the search of this process twice a second, and publishes its status.
 
 It keeps the status and the events for the HTTP API. It also writes the condition, which only this process knows, to
 Redis, for `selfpruner status` and `watch`. In the folder it writes status.json, which can be read without Redis.
 """
 
 import asyncio
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from daemon.monitor.event_log import EventLog
 from daemon.monitor.events import StatusTracker
 from daemon.monitor.heartbeat import Heartbeat
 from daemon.monitor.record import SearchRecord
-from daemon.monitor.status import Condition, EndpointStatus, Observation, RuntimeStateReader, Status
+from daemon.monitor.status import Condition, EndpointStatus, Observation, QuestionCounts, RuntimeStateReader, Status
 from daemon.search.search import Search
 from daemon.state.folder_errors import FolderErrors
 from daemon.state.history import History
@@ -30,7 +31,7 @@ from protocol.queue.connection import is_transient
 from protocol.queue.keys import Keys
 from protocol.runtime.files import AtomicFile
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 
 log = structlog.get_logger()
 
@@ -41,6 +42,11 @@ class ObservedChat(Protocol):
     @property
     def usage(self) -> Mapping[str, Usage]:
         """Total usage by endpoint name."""
+        ...
+
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """Cost by endpoint name."""
         ...
 
     @property
@@ -67,6 +73,7 @@ class Observer:
         self._published: tuple[Condition | None, Status | None] = (None, None)
         self._error_logged = self._begun = False
         self._history = History()
+        self._questions: dict[str, Counter[str]] = defaultdict(Counter)
         self.events = EventLog()
         self.heartbeat = Heartbeat()
         self.search: Search | None = None
@@ -113,8 +120,20 @@ class Observer:
         self._history, self.counters = history, history.counters
         self._begun = True
 
+    def count_question(self, record: Mapping[str, object]) -> None:
+        """Count one line of the transcript. Its label begins with the agent, and ends with the number of the attempt.
+
+        A line of one endpoint without an answer is not counted: the next endpoint is asked the same question.
+        """
+        agent, _, rest = str(record.get("label", "")).partition(" ")
+        if record.get("text") is None and record.get("endpoint") is not None:
+            return
+        counts = self._questions[agent]
+        counts["asked_again" if not rest.endswith(" attempt 0") else "asked"] += 1
+        counts["unanswered"] += record.get("text") is None
+
     async def run(self) -> None:
-        """Observe once a second until cancelled."""
+        """Observe twice a second until cancelled."""
         while True:
             await self.look()
             if (task := asyncio.current_task()) and task.cancelling():
@@ -159,7 +178,8 @@ class Observer:
             degraded=state.degraded is not None if chat else None,
             degraded_by=state.degraded,
             parents_source=self.search.parents_source if self.search else None,
-            endpoints={e.name: _endpoint(chat.usage[e.name], e) for e in state.endpoints} if chat else {},
+            endpoints={e.name: _endpoint(chat, e) for e in state.endpoints} if chat else {},
+            questions={agent: QuestionCounts(**counts) for agent, counts in self._questions.items()},
             finished=self.finished,
         )
 
@@ -183,7 +203,8 @@ class Observer:
         self._published = known, written
 
 
-def _endpoint(usage: Usage, endpoint: EndpointState) -> EndpointStatus:
+def _endpoint(chat: ObservedChat, endpoint: EndpointState) -> EndpointStatus:
+    usage = chat.usage[endpoint.name]
     return EndpointStatus(
         state="asked" if endpoint.state == "closed" else "left alone",
         reason=endpoint.reason,
@@ -191,4 +212,6 @@ def _endpoint(usage: Usage, endpoint: EndpointState) -> EndpointStatus:
         errors=usage.errors,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
+        answer_seconds=round(usage.seconds / usage.answers, 2) if usage.answers else None,
+        cost=round(chat.costs[endpoint.name], 6),
     )

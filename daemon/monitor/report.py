@@ -1,6 +1,6 @@
 """The report of one or more searches: a single HTML file that needs no network, with the charts and the figures."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -78,7 +78,8 @@ def overview(record: SearchRecord) -> dict[str, Any]:
         "lines": [asdict(line) for line in lines_of(summary)],
         "measure": MEASURE_NAMES[spec.measure],
         "agents": _agents(record),
-        "endpoints": {name: each.model_dump() for name, each in status.endpoints.items()} if status else {},
+        "endpoints": _endpoints(record),
+        "questions": {name: each.model_dump() for name, each in status.questions.items()} if status else {},
         "tokens": summary.tokens,
         "cost": status.cost if status else 0.0,
         "seconds": summary.seconds,
@@ -129,6 +130,17 @@ def _agents(record: SearchRecord) -> list[dict[str, Any]]:
         {"agent": agent, "source": source, "endpoint": endpoint} | found | {"best": _figure(record, found["best"])}
         for (agent, source, endpoint), found in counts.items()
     ]
+
+
+def _endpoints(record: SearchRecord) -> dict[str, dict[str, Any]]:
+    """Return the state of each endpoint, and what its answers have brought: candidates, and new best ones."""
+    brought: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in _agents(record):
+        brought[row["endpoint"]].update(measured=row["measured"], improved=row["improved"])
+    return {
+        name: each.model_dump() | {"measured": brought[name]["measured"], "improved": brought[name]["improved"]}
+        for name, each in (record.status.endpoints if record.status else {}).items()
+    }
 
 
 def _candidate(record: SearchRecord, member: Evaluation) -> dict[str, Any]:

@@ -41,6 +41,20 @@ class EndpointStatus(_Value):
     errors: int
     prompt_tokens: int
     completion_tokens: int
+    answer_seconds: float | None = None
+    """Mean time that an answer took, with its retries."""
+    cost: float = 0.0
+    """Cost of the tokens at the endpoint's prices."""
+
+
+class QuestionCounts(_Value):
+    """The questions that one agent asked the LLM since the daemon started."""
+
+    asked: int = 0
+    asked_again: int = 0
+    """How often a question was asked again, because its answer could not be used. Not in `asked`."""
+    unanswered: int = 0
+    """How often no endpoint answered."""
 
 
 class Condition(_Value):
@@ -53,6 +67,8 @@ class Condition(_Value):
     parents_source: Source | None = None
     """Whether the LLM or the fallback chose the parents of the last round."""
     endpoints: dict[str, EndpointStatus] = {}
+    questions: dict[str, QuestionCounts] = {}
+    """The questions of each agent by its name."""
     finished: bool = False
     """Whether all rounds are done or the budget is used up."""
 
@@ -81,6 +97,7 @@ class Status(_Value):
     degraded: bool | None
     degraded_by: Degraded | None = None
     endpoints: dict[str, EndpointStatus]
+    questions: dict[str, QuestionCounts] = {}
     parents_source: Source | None
     round: int
     candidates: int

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ class Worker:
         self._profiles = ProfileBoard(redis, self._keys)
         self._retry = RedisRetry(redis, self._keys.jobs)
         self._status = WorkerStatus(stage="loading")
+        self._ready_since: float | None = None
+        self._measuring_since: float | None = None
+        self._busy_seconds = 0.0
         self._logged = LogThrottle()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
@@ -163,7 +167,7 @@ class Worker:
         lost: Job | None = None
         while True:
             job = self._job
-            held = await self._queue.beat(job, self._status.to_json())
+            held = await self._queue.beat(job, self._status_now())
             if job and not held and job is self._job and job is not lost:  # still our job, and not logged yet
                 lost = job
                 log.warning("lease_lost", candidate=job.candidate.id)
@@ -203,6 +207,7 @@ class Worker:
         try:
             profile = await self._prepare(child, spec)
             self._idle_since = time.monotonic()
+            self._ready_since = self._ready_since or self._idle_since
             while not self._stopping.is_set():
                 self._set_status(stage="idle")
                 paused = await self._control.read() != "run"
@@ -304,13 +309,24 @@ class Worker:
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._set_status(stage="evaluating")
         with structlog.contextvars.bound_contextvars(candidate=job.candidate.id):
-            outcome = await self._outcome(child, job)
+            with self._busy():
+                outcome = await self._outcome(child, job)
             if outcome is not None:
                 first = await self._queue.commit(job, outcome)
                 fields = outcome_fields(job.candidate, outcome) | outcome.model_dump(include={"tokens", "seconds"})
                 log.info("outcome_committed", counts=first, kind=outcome.kind, **fields)
             self._job = None
             self._set_status(measured=self._status.measured + 1)
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Count the time in this block as time of measuring."""
+        self._measuring_since = since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._measuring_since = None
+            self._busy_seconds += time.monotonic() - since
 
     async def _outcome(self, child: EvaluationChild, job: Job) -> Outcome | None:
         """Return the outcome of `job`; None if the job was given up because too many processes died on it.
@@ -346,6 +362,14 @@ class Worker:
             self._set_status(stage="evaluating")
         return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
+    def _status_now(self) -> str:
+        """Return the status as the value of the worker's key."""
+        now = time.monotonic()
+        busy = self._busy_seconds + (now - self._measuring_since if self._measuring_since else 0.0)
+        ready = now - self._ready_since if self._ready_since else 0.0
+        times = {"busy_seconds": round(busy, 1), "ready_seconds": round(ready, 1)}
+        return self._status.model_copy(update=times).to_json()
+
     def _set_status(self, **changes: str | int) -> None:
         self._status = self._status.model_copy(update=changes)
 
@@ -354,7 +378,7 @@ class Worker:
             left = self._logged.seconds_left(done, total)
             log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
         self._set_status(stage=stage, done=done, total=total)
-        beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))
+        beat = asyncio.create_task(self._queue.beat(self._job, self._status_now()))
         self._beats.add(beat)
         beat.add_done_callback(self._beats.discard)
 

@@ -20,6 +20,10 @@ class WorkerStatus(BaseModel):
     done: int = 0
     total: int = 0
     measured: int = 0
+    busy_seconds: float = 0.0
+    """How long it has measured candidates."""
+    ready_seconds: float = 0.0
+    """How long ago its model was ready for the first time; busy_seconds is a part of this."""
     detail: str = ""
 
     def to_json(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Page, Route, async_playwright
 from redis.asyncio import Redis
 
@@ -18,7 +19,7 @@ from tests.support.http_client import TOKEN
 from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually
 
-pytestmark = [pytest.mark.browser, pytest.mark.one_server]
+pytestmark = pytest.mark.one_server
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
@@ -105,15 +106,18 @@ async def test_a_search_is_seen_from_its_start_to_its_end(
         await page.wait_for_selector(f"#{chart} svg path, #{chart} svg rect")
     assert "mutator" in await page.inner_text("#agents")
     assert "candidate_measured" in await page.inner_text("#events")
-    await picture(page, "light")
-    await page.emulate_media(color_scheme="dark")
-    await picture(page, "dark")
+    assert "new best" in await page.inner_text("#endpoints") and "busy" in await page.inner_text("#workers")
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        await picture(page, scheme)
+        assert (await Axe().run(page)).violations_count == 0
     await page.set_viewport_size({"width": 390, "height": 800})
     assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     await picture(page, "narrow")
     assert (seen.complaints, seen.elsewhere) == ([], [])
 
 
+@pytest.mark.browser
 async def test_a_click_pauses_and_resumes(page: Page, it: Observed, redis: Redis, keys: Keys) -> None:
     await opened(page, it)
     await page.click("#pause")
@@ -129,6 +133,7 @@ async def _is(control: Control, command: str) -> bool:
     return await control.read() == command
 
 
+@pytest.mark.browser
 async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) -> None:
     await it.searched()
     offspring = next(e for e in it.search.state.population.top(10) if e.candidate.provenance.parents)
@@ -144,12 +149,16 @@ async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) 
     await shows(page, "#candidate-questions pre", lambda text: text == HOSTILE)
     await picture(page, "candidate")
     parent = offspring.candidate.provenance.parents[0]
-    await page.click(f"#candidate-parents button:text('{parent}')")
+    changes = await page.inner_text("#candidate-family")
+    assert "Changed against its parent" in changes and "→" in changes and "Ancestors" in changes
+    assert (await Axe().run(page)).violations_count == 0
+    await page.click(f"#candidate-family li button:text('{parent}')")
     await shows(page, "#candidate-title", lambda text: parent in text)
     await page.keyboard.press("Escape")
     assert not await page.is_visible("#candidate")
 
 
+@pytest.mark.browser
 async def test_the_page_asks_for_the_token_and_says_when_it_is_wrong(page: Page, it: Observed) -> None:
     await page.goto(it.ask.url)
     await page.wait_for_selector("#token")
@@ -162,6 +171,7 @@ async def test_the_page_asks_for_the_token_and_says_when_it_is_wrong(page: Page,
     await page.wait_for_selector("#facts dd")
 
 
+@pytest.mark.browser
 async def test_what_a_model_wrote_is_shown_and_not_run(page: Page, it: Observed, seen: Seen) -> None:
     await it.searched()
     best = it.search.state.population.best()

@@ -26,11 +26,17 @@ class QuietChat:
 
     def __init__(self) -> None:
         self.degraded: Degraded | None = None
-        self.usage = {"local": Usage(requests=7, answers=5, errors=1, prompt_tokens=900, completion_tokens=80)}
+        self.usage = {
+            "scripted": Usage(requests=7, answers=5, seconds=10, errors=1, prompt_tokens=900, completion_tokens=80)
+        }
+
+    @property
+    def costs(self) -> dict[str, float]:
+        return {"scripted": 0.25}
 
     @property
     def state(self) -> LlmState:
-        return LlmState(degraded=self.degraded, endpoints=(EndpointState(name="local", state="closed"),))
+        return LlmState(degraded=self.degraded, endpoints=(EndpointState(name="scripted", state="closed"),))
 
 
 class Observed:

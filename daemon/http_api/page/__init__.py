@@ -10,12 +10,13 @@ from importlib.resources import files
 
 from aiohttp import web
 
+from daemon.monitor.family import family_of
 from daemon.monitor.observer import Observer
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.report import CHARTS, overview
 from daemon.state.journal import TRANSCRIPT
 from daemon.state.transcript import questions_of
-from protocol.plans.candidate import Measured
+from protocol.plans.candidate import Candidate, Measured
 
 MOST_QUESTIONS = 5
 """Questions shown of a candidate: a question is asked again if its answer cannot be used."""
@@ -60,6 +61,7 @@ class Page:
             application.router.add_get(path, self._file)
         application.router.add_get("/api/charts/{name}", self._chart)
         application.router.add_get("/api/overview", self._overview)
+        application.router.add_get("/api/candidates/{id}/family", self._family)
         application.router.add_get("/api/candidates/{id}/questions", self._questions)
 
     async def _file(self, request: web.Request) -> web.Response:
@@ -106,17 +108,28 @@ class Page:
             self._made[name] = made
             return made
 
+    async def _family(self, request: web.Request) -> web.Response:
+        """Reply with a candidate's ancestors, and with what it changed against its parents."""
+        candidate, search = self._candidate(request), self._observer.search
+        if search is None:
+            raise web.HTTPServiceUnavailable(text="the model has not been measured yet")
+        units = search.state.profile.shape.units(search.state.spec.granularity)
+        return web.json_response(family_of(candidate.id, units, self._observer.ledger, self._observer.population))
+
     async def _questions(self, request: web.Request) -> web.Response:
         """Reply with the questions to the LLM, and its answers, that led to a candidate, the last ones at the end."""
-        candidate = self._observer.ledger.get(request.match_info["id"])
-        if candidate is None:
-            raise web.HTTPNotFound(text="this search has no candidate with this id")
-        who = candidate.provenance
+        who = self._candidate(request).provenance
         if who.source != "llm":
             return web.json_response([])
         label = f"{who.agent} round {who.round} call {who.call} "
         path = self._observer.folder / TRANSCRIPT
         return web.json_response(await asyncio.to_thread(questions_of, path, label, MOST_QUESTIONS))
+
+    def _candidate(self, request: web.Request) -> Candidate:
+        candidate = self._observer.ledger.get(request.match_info["id"])
+        if candidate is None:
+            raise web.HTTPNotFound(text="this search has no candidate with this id")
+        return candidate
 
 
 def seconds_left(record: SearchRecord, planned: int) -> float | None:

@@ -106,6 +106,8 @@ function showStatus() {
     ["state", (each) => each.stage, true],
     ["done", (each) => (each.total ? `${each.done} of ${each.total}` : "–")],
     ["measured", (each) => each.measured],
+    ["per hour", (each) => (each.ready_seconds ? ((3600 * each.measured) / each.ready_seconds).toFixed(0) : "–")],
+    ["busy", (each) => (each.ready_seconds ? `${Math.round((100 * each.busy_seconds) / each.ready_seconds)} %` : "–")],
     ["said", (each) => each.detail || "", true],
   ], status.workers);
 }
@@ -134,9 +136,20 @@ function showOverview(found) {
     ["state", ([, each]) => (each.reason ? `${each.state}: ${each.reason}` : each.state), true],
     ["requests", ([, each]) => each.requests],
     ["errors", ([, each]) => each.errors],
-    ["prompt tokens", ([, each]) => each.prompt_tokens],
-    ["reply tokens", ([, each]) => each.completion_tokens],
+    ["seconds per answer", ([, each]) => each.answer_seconds],
+    ["tokens read", ([, each]) => each.prompt_tokens.toLocaleString("en")],
+    ["tokens written", ([, each]) => each.completion_tokens.toLocaleString("en")],
+    ["cost", ([, each]) => (each.cost ? each.cost.toFixed(4) : "–")],
+    ["candidates measured", ([, each]) => each.measured],
+    ["new best", ([, each]) => each.improved],
+    ["cost of each new best", ([, each]) => (each.cost && each.improved ? (each.cost / each.improved).toFixed(4) : "–")],
   ], Object.entries(found.endpoints));
+  table("questions", [
+    ["agent", ([name]) => name, true],
+    ["questions", ([, each]) => each.asked],
+    ["asked again (unusable answer)", ([, each]) => each.asked_again],
+    ["not answered", ([, each]) => each.unanswered],
+  ], Object.entries(found.questions));
   table("best", [
     ["candidate", (row) => opener(row.id)],
     [found.measure, (row) => row.fitness],
@@ -183,17 +196,44 @@ async function openCandidate(id) {
       ["endpoint", found.endpoint],
       ["round", found.round],
     ]);
-    const parents = byId("candidate-parents");
-    parents.replaceChildren();
-    if (found.parents.length) text(parents, "span", "parents:");
-    for (const parent of found.parents) parents.append(opener(parent));
     byId("candidate-record").textContent = JSON.stringify(found, null, 1);
+    byId("candidate-family").replaceChildren();
     byId("candidate-questions").replaceChildren();
     if (!byId("candidate").open) byId("candidate").showModal();
+    showFamily(await askJson(`/api/candidates/${encodeURIComponent(id)}/family`));
     for (const each of await askJson(`/api/candidates/${encodeURIComponent(id)}/questions`)) showQuestion(each);
   } catch (error) {
     report(error);
   }
+}
+
+const percent = (rate) => `${(100 * rate).toFixed(1)} %`;
+
+function showFamily(family) {
+  const place = byId("candidate-family");
+  for (const change of family.changes) {
+    text(place, "h3", "Changed against its parent ").append(opener(change.parent));
+    const list = document.createElement("ul");
+    for (const { unit, parent, child } of change.units) text(list, "li", `${unit}: ${percent(parent)} → ${percent(child)}`);
+    if (change.more) text(list, "li", `and ${change.more} smaller changes`);
+    if (!change.units.length) text(list, "li", "no rate differs by 0.05 points or more");
+    place.append(list);
+  }
+  if (!family.parents.length) return;
+  text(place, "h3", "Ancestors");
+  place.append(ancestors(family.parents));
+}
+
+function ancestors(members) {
+  const list = document.createElement("ul");
+  for (const member of members) {
+    const item = document.createElement("li");
+    const fitness = member.fitness === null ? "not measured" : member.fitness.toPrecision(5);
+    item.append(opener(member.id), ` ${fitness}, round ${member.round ?? "–"}, ${member.agent ?? "–"}`);
+    if (member.parents.length) item.append(ancestors(member.parents));
+    list.append(item);
+  }
+  return list;
 }
 
 function showQuestion(question) {

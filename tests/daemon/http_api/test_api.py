@@ -43,7 +43,7 @@ async def test_the_status_is_the_same_over_http_and_for_the_command_line(
     assert over_http["queue"] == {"queued": 0, "running": 0}
     assert over_http["tokens"] == {"prompt": 900, "completion": 80}
     assert over_http["workers"][0]["consumer"] == "w1"
-    assert over_http["endpoints"]["local"]["errors"] == 1
+    assert over_http["endpoints"]["scripted"]["errors"] == 1
 
 
 async def test_a_search_that_has_ended_keeps_its_status_in_the_same_form(it: Observed, tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ async def test_a_candidate_is_shown_before_and_after_it_is_measured(redis: Redis
 
 async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(it: Observed) -> None:
     for seconds in (0.2, 3.0):
-        it.ask.api.metrics.observe({"endpoint": "local", "seconds": seconds, "text": "[]"})
-    it.ask.api.metrics.observe({"endpoint": "local", "seconds": 600.0, "text": None})  # an error
+        it.ask.api.metrics.observe({"endpoint": "scripted", "seconds": seconds, "text": "[]"})
+    it.ask.api.metrics.observe({"endpoint": "scripted", "seconds": 600.0, "text": None})  # an error
     await it.searched(every_third_fails)
     async with it.ask.request("/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=")
@@ -110,11 +110,11 @@ async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
     assert value("round") == 2 and value("finished") == 1 and value("paused") == 0 and value("redis_up") == 1
     assert value("queue_depth", state="queued") == value("queue_depth", state="running") == 0
     assert value("workers", stage="idle") == 1 and value("worker_utilisation") == 0
-    assert value("llm_answer_seconds_count", endpoint="local") == 2
-    assert value("llm_answer_seconds_bucket", endpoint="local", le="0.25") == 1
-    assert value("llm_requests_total", endpoint="local") == 7 and value("llm_errors_total", endpoint="local") == 1
-    assert value("llm_tokens_total", endpoint="local", kind="prompt") == 900
-    assert value("llm_endpoint_up", endpoint="local") == 1 and value("degraded") == 0
+    assert value("llm_answer_seconds_count", endpoint="scripted") == 2
+    assert value("llm_answer_seconds_bucket", endpoint="scripted", le="0.25") == 1
+    assert value("llm_requests_total", endpoint="scripted") == 7 and value("llm_errors_total", endpoint="scripted") == 1
+    assert value("llm_tokens_total", endpoint="scripted", kind="prompt") == 900
+    assert value("llm_endpoint_up", endpoint="scripted") == 1 and value("degraded") == 0
     measured = sum(count for (_, kind), count in outcomes.items() if kind == "measured")
     assert value("evaluation_seconds_total") == pytest.approx(0.1 * measured)
     assert samples["process_open_fds", ()] > 0

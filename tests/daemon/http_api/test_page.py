@@ -4,17 +4,21 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
+from agents.population.population import Population
 from daemon.http_api import page
 from daemon.http_api.page import FILES
 from daemon.monitor.charts import draw_progress
 from daemon.monitor.drawing import Drawing
+from daemon.monitor.family import GENERATIONS, family_of
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.report import CHARTS, overview
 from tests.support.http_client import Asked
 from tests.support.observed import Observed, every_third_fails
+from tests.support.samples import PROFILE, candidate
 from tests.support.servers import eventually
 
 pytestmark = pytest.mark.one_server
@@ -65,6 +69,56 @@ async def test_the_questions_that_led_to_a_candidate_are_found_in_the_transcript
     async with it.ask.request(f"/api/candidates/{candidate.id}/questions") as response:
         assert [record["label"] for record in await response.json()] == [label]
     assert (await it.ask("/api/candidates/none/questions"))[0] == 404
+
+
+async def test_a_candidate_s_ancestors_and_its_changes_against_each_parent_are_told(it: Observed) -> None:
+    await it.searched()
+    ledger = it.search.state.ledger
+    child = next(c for c in ledger.values() if len(c.provenance.parents) == 2)
+    status, family = await it.ask(f"/api/candidates/{child.id}/family")
+    assert status == 200 and [each["id"] for each in family["parents"]] == list(child.provenance.parents)
+    units = it.search.state.profile.shape.units(it.search.state.spec.granularity)
+    for parent, told in zip(child.provenance.parents, family["changes"], strict=True):
+        rates = {unit.name: pair for unit, *pair in zip(units, ledger[parent].rates, child.rates, strict=True)}
+        differing = {name: pair for name, pair in rates.items() if abs(pair[0] - pair[1]) >= 0.0005}
+        assert told["parent"] == parent and told["more"] == 0
+        assert {each["unit"]: [each["parent"], each["child"]] for each in told["units"]} == differing
+    assert (await it.ask("/api/candidates/none/family"))[0] == 404
+
+
+def test_a_long_line_of_ancestors_is_cut_and_none_is_followed_twice() -> None:
+    ledger = {}
+    for number in range(40):
+        one = candidate((0.3,) * 4)
+        parents = tuple(str(earlier) for earlier in (number - 1, number - 2) if earlier >= 0)
+        who = one.provenance.model_copy(update={"parents": parents})
+        ledger[str(number)] = one.model_copy(update={"id": str(number), "provenance": who})
+    family = family_of("39", PROFILE.shape.units("layer"), ledger, Population())
+    told: list[str] = []
+
+    def walk(member: dict[str, Any], depth: int) -> None:
+        assert depth <= GENERATIONS
+        told.append(member["id"])
+        for parent in member["parents"]:
+            walk(parent, depth + 1)
+
+    walk(family, 0)
+    assert len(told) <= 2 * (2 * GENERATIONS + 1) and family["fitness"] is None
+
+
+async def test_what_each_endpoint_cost_and_brought_stands_beside_its_state(it: Observed) -> None:
+    for attempt, text in enumerate(("no JSON", None, "{}")):
+        label = f"mutator round 1 call 0 attempt {attempt}"
+        it.observer.count_question({"label": label, "endpoint": text and "scripted", "text": text})
+    it.observer.count_question({"label": "mutator round 1 call 1 attempt 0", "endpoint": "scripted", "text": None})
+    await it.searched()
+    _, shown = await it.ask("/api/overview")
+    by_llm = [row for row in shown["agents"] if row["endpoint"] == "scripted"]
+    scripted = shown["endpoints"]["scripted"]
+    assert by_llm and scripted["measured"] == sum(row["measured"] for row in by_llm)
+    assert scripted["improved"] == sum(row["improved"] for row in by_llm)
+    assert (scripted["answer_seconds"], scripted["cost"]) == (2.0, 0.25)
+    assert shown["questions"] == {"mutator": {"asked": 1, "asked_again": 2, "unanswered": 1}}
 
 
 async def test_a_chart_is_drawn_once_for_all_who_ask_and_anew_after_a_while(
