@@ -9,7 +9,9 @@ from typing import Any
 import structlog
 from rich.console import Console, RenderableType
 
+from daemon.monitor.report import REPORT
 from daemon.settings.packages import need
+from daemon.settings.settings import Settings
 from protocol.runtime import logs
 from protocol.runtime.signals import interruptible
 
@@ -78,3 +80,9 @@ def show_progress(model: str, *, stock_torch: bool = False) -> Iterator[Callable
                 log.info("progress", stage=stage, done=done, total=total, seconds_left=left)
 
         yield show
+
+
+def name_charts(settings: Settings) -> None:
+    """Print where the report of a search is, if it was written."""
+    if (report := settings.folder / REPORT).is_file():
+        stdout_console().print(f"charts: {report}", soft_wrap=True)

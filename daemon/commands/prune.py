@@ -15,7 +15,7 @@ import typer
 
 from daemon.commands import flags, tables
 from daemon.commands.finetune import RESUME_HINT, RecipeFlags, check_apart, check_minutes, found_data, recipe_of
-from daemon.commands.output import print_result, show_progress
+from daemon.commands.output import name_charts, print_result, show_progress
 from daemon.commands.request import request_of_search
 from daemon.launch.run import run_here
 from daemon.monitor.summary import Summary
@@ -99,6 +99,8 @@ def prune(
         need("peft", "finetune")
     result = make_smaller(settings, destination, tuning, run_here, lambda: show_progress(settings.target.model))
     print_result(result.model_dump(mode="json"), json_, lambda: tables.pruned(result, settings.spec().fitness))
+    if not json_:
+        name_charts(settings)
 
 
 RunSearch = Callable[[Settings], tuple[Summary | None, Signals | None]]

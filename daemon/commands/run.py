@@ -9,10 +9,9 @@ import structlog
 import typer
 
 from daemon.commands import flags
-from daemon.commands.output import print_json, stdout_console
+from daemon.commands.output import name_charts, print_json, stdout_console
 from daemon.http_api.stay import stay_after_end, stay_after_error
 from daemon.launch.run import run_daemon, run_here
-from daemon.monitor.report import REPORT
 from daemon.monitor.summary import Summary, show
 from daemon.settings.sources import load, load_or_quickstart
 from protocol.errors import SelfPrunerError
@@ -30,8 +29,8 @@ def run(
     settings = load_or_quickstart(config, set_ or [])
     summary, interrupted = run_here(settings)
     code = _finish(summary, interrupted, _print_json if json_ else _print_table)
-    if summary and not json_ and (report := settings.folder / REPORT).is_file():
-        stdout_console().print(f"charts: {report}", soft_wrap=True)
+    if summary and not json_:
+        name_charts(settings)
     raise typer.Exit(code)
 
 
