@@ -24,7 +24,7 @@ tests: export OMP_NUM_THREADS ?= 1
 tests: $(VENV)/installed
 	$(BIN)/pytest -n 3 --dist loadfile --durations 25 --durations-min 5
 
-test-browser: $(VENV)/installed  ## the page of a search in Chromium (Debian: chromium); one minute
+test-browser: $(VENV)/installed  ## the page of a search in Chromium (Debian: chromium); ten minutes
 	$(BIN)/pytest tests/browser -m "browser or not browser" -rs
 
 test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40 minutes

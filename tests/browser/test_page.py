@@ -1,26 +1,23 @@
 """The page of a search in a real browser: Chromium, without a screen."""
 
-import asyncio
 import json
-import os
-import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Page, Route, async_playwright
+from playwright.async_api import Page
 from redis.asyncio import Redis
 
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import evaluating
+from tests.support.browser import Seen, browsing, picture, shows
 from tests.support.http_client import TOKEN
 from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually
 
 pytestmark = pytest.mark.one_server
-CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -30,65 +27,21 @@ async def it(redis: Redis, keys: Keys, tmp_path: Path) -> AsyncIterator[Observed
         yield it
 
 
-class Seen:
-    """What a browser said and asked for while it showed the page."""
-
-    def __init__(self) -> None:
-        self.complaints: list[str] = []
-        self.elsewhere: list[str] = []
-
-
 @pytest.fixture
 def seen() -> Seen:
     return Seen()
 
 
-@pytest.fixture(params=[{"width": 1000, "height": 1400}])
-async def page(it: Observed, seen: Seen, request: pytest.FixtureRequest) -> AsyncIterator[Page]:
-    """An empty page of a browser. Requests to anywhere but this search fail the test."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: chromium)")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = await browser.new_page(viewport=request.param)
-
-        async def only_here(route: Route) -> None:
-            if not route.request.url.startswith(it.ask.url):
-                seen.elsewhere.append(route.request.url)
-            await route.continue_()
-
-        await page.route("**/*", only_here)
-        page.on("console", lambda message: seen.complaints.append(message.text))
-        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+@pytest.fixture
+async def page(it: Observed, seen: Seen) -> AsyncIterator[Page]:
+    async with browsing(lambda: it.ask.url, seen) as page:
         yield page
-        await browser.close()
 
 
 async def opened(page: Page, it: Observed) -> None:
     """Open the page by a link with the token, as a terminal shows it."""
     await page.goto(f"{it.ask.url}/#token={TOKEN}")
     await page.wait_for_selector("#facts dd")
-
-
-async def shows(page: Page, selector: str, holds: Callable[[str], bool]) -> None:
-    await eventually(lambda: _text(page, selector, holds), seconds=10)
-
-
-async def _text(page: Page, selector: str, holds: Callable[[str], bool]) -> bool:
-    return holds(await page.inner_text(selector))
-
-
-def pictured(page: Page, name: str) -> "asyncio.Future[bytes] | None":
-    """Take a picture for a person to look at, if SELFPRUNER_PICTURES names a folder."""
-    folder = os.environ.get("PICTURES")
-    if folder is None:
-        return None
-    return asyncio.ensure_future(page.screenshot(path=f"{folder}/{name}.png", full_page=True))
-
-
-async def picture(page: Page, name: str) -> None:
-    if taken := pictured(page, name):
-        await taken
 
 
 async def test_a_search_is_seen_from_its_start_to_its_end(
@@ -108,7 +61,7 @@ async def test_a_search_is_seen_from_its_start_to_its_end(
     assert "candidate_measured" in await page.inner_text("#events")
     assert "new best" in await page.inner_text("#endpoints") and "busy" in await page.inner_text("#workers")
     for scheme in ("light", "dark"):
-        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        await page.emulate_media(color_scheme=scheme)
         await picture(page, scheme)
         assert (await Axe().run(page)).violations_count == 0
     await page.set_viewport_size({"width": 390, "height": 800})
