@@ -25,7 +25,7 @@ tests: $(VENV)/installed
 	$(BIN)/pytest -n 3 --dist loadfile --durations 25 --durations-min 5
 
 test-browser: $(VENV)/installed  ## the page of a search in Chromium (Debian: chromium); ten minutes
-	$(BIN)/pytest tests/browser -m "browser or not browser" -rs
+	$(BIN)/pytest tests/browser -m "browser or not browser" -rs -o faulthandler_timeout=2500
 
 test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40 minutes
 	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some tests take long

@@ -227,6 +227,9 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     status = await run.answer("status")
     assert status["control"] == "pause" and status["workers"][0]["stage"] in ("idle", "evaluating")
     assert status["daemon"] and status["parents_source"] in (None, "llm", "fallback") and status["degraded"] is False
+    (worker,), (endpoint,) = status["workers"], status["endpoints"].values()
+    assert 0 < worker["busy_seconds"] < worker["ready_seconds"] and endpoint["answer_seconds"] > 0
+    assert status["questions"]["initializer"]["asked"] >= 1
 
     await run.steer("resume")
     await eventually(partial(run.measured, measured + 3), 60)
