@@ -246,8 +246,9 @@ async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, few
     assert desk.sources().count("classical") == 30 - (len(chat.questions) - 5), "the Initializer always asks"
 
 
-async def test_the_share_of_the_llm_does_not_decide_which_parent_is_moved() -> None:
+async def test_the_share_of_the_llm_does_not_decide_which_parent_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thirds of the moves start from the best member, by the LLM or without it."""
+    monkeypatch.setattr("agents.operators.trust_region.GENERATIONS", 1)  # the parent is chosen before the plan
     best = MEMBERS[0].candidate.id
     settings = AgentSettings(reply="moves", share=0.3)
     by_source: dict[str, list[bool]] = {"llm": [], "classical": []}

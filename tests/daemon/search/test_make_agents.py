@@ -239,7 +239,7 @@ async def test_a_seed_that_an_earlier_process_made_is_not_made_again() -> None:
 @pytest.mark.parametrize("by", ["llm", "rules"])
 async def test_a_search_by_rules_keeps_them_beside_its_best(redis: Redis, tmp_path: Path, by: str) -> None:
     agents = dict.fromkeys(("initializer", "mutator", "crossover"), by)
-    chosen = settings(seeds=["rule:rate - 0.2*depth"], rounds=6, selector="tournament", **agents)
+    chosen = settings(seeds=["rule:rate - 0.2*depth"], rounds=4, selector="tournament", **agents)
     search, chat = await searched(redis, "one", tmp_path, chosen, BLOCKS, reply="rules")
     assert bool(chat.asked) == (by == "llm")
     ruled = [e for e in search.state.population.top(None) if e.candidate.provenance.rule]
