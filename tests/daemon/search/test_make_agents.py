@@ -28,7 +28,7 @@ from protocol.plans.rule import Rule
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import SETTINGS, Conducted, killed_until_it_ends
+from tests.support.conducted import SETTINGS, Conducted, killed_until_it_ends
 from tests.support.samples import PROFILE, SHAPE, SPEC
 from tests.support.schema_answers import SchemaChat
 
