@@ -17,7 +17,6 @@ from daemon.commands import flags, tables
 from daemon.commands.finetune import RESUME_HINT, RecipeFlags, check_apart, check_minutes, found_data, recipe_of
 from daemon.commands.output import name_charts, print_result, show_progress
 from daemon.commands.request import request_of_search
-from daemon.launch.run import run_here
 from daemon.monitor.summary import Summary
 from daemon.settings.packages import need
 from daemon.settings.search import SearchSettings
@@ -91,6 +90,8 @@ def prune(
     formats = formats_of(format_ or ["hf"])
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
     check_model(model)  # now, because torch takes seconds to import
+    from daemon.launch.run import run_here
+
     if destination.folder.is_file():
         raise SettingsError(f"--out {out} is a file: name a folder that does not exist yet")
     settings = prune_settings(model, rate, destination.folder, search)

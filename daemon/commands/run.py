@@ -10,8 +10,6 @@ import typer
 
 from daemon.commands import flags
 from daemon.commands.output import name_charts, print_json, stdout_console
-from daemon.http_api.stay import stay_after_end, stay_after_error
-from daemon.launch.run import run_daemon, run_here
 from daemon.monitor.summary import Summary, show
 from daemon.settings.sources import load, load_or_quickstart
 from protocol.errors import SelfPrunerError
@@ -26,6 +24,8 @@ def run(
     json_: flags.Json = False,
 ) -> None:
     """Search on this machine: starts an embedded Valkey, a local LLM, a worker and the daemon."""
+    from daemon.launch.run import run_here  # not at the start of every command: it takes a fifth of that time
+
     settings = load_or_quickstart(config, set_ or [])
     summary, interrupted = run_here(settings)
     code = _finish(summary, interrupted, _print_json if json_ else _print_table)
@@ -42,6 +42,9 @@ def daemon(
     ] = False,
 ) -> None:
     """Search with workers, Redis and LLM endpoints that run elsewhere."""
+    from daemon.http_api.stay import stay_after_end, stay_after_error
+    from daemon.launch.run import run_daemon
+
     try:
         settings = load(config, set_ or [])
         stream = logs.service_stream()

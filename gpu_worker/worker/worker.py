@@ -146,8 +146,9 @@ class Worker:
         stop = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
-        grace = self._options.grace_seconds if self._job else 0.0
-        await asyncio.wait({work}, timeout=grace + IDLE_GRACE_SECONDS)
+        if self._job or self._status.stage == "idle":  # else it prepares a model, which nobody waits for now
+            grace = self._options.grace_seconds if self._job else 0.0
+            await asyncio.wait({work}, timeout=grace + IDLE_GRACE_SECONDS)
         work.cancel()
 
     async def _show_life_for_ever(self, file: Path | None) -> None:

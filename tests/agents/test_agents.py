@@ -235,8 +235,11 @@ async def test_one_parent_has_no_crossover_and_no_parents_no_mutation() -> None:
 
 
 @pytest.mark.parametrize(("share", "fewest", "most"), [(0.3, 3, 15), (0.7, 15, 27), (1.0, 30, 30)])
-async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, fewest: int, most: int) -> None:
+async def test_the_llm_is_asked_for_its_share_of_the_offspring(
+    share: float, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every candidate is made, by the LLM or without it."""
+    monkeypatch.setattr("agents.operators.trust_region.GENERATIONS", 2)
     chat, desk = ScriptedChat(down), Desk()
     settings = AgentSettings(reply="moves", share=share)
     assert await Mutator(chat, settings).propose(VIEW, MEMBERS, 30, desk.submit) == 30
@@ -246,8 +249,9 @@ async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, few
     assert desk.sources().count("classical") == 30 - (len(chat.questions) - 5), "the Initializer always asks"
 
 
-async def test_the_share_of_the_llm_does_not_decide_which_parent_is_moved() -> None:
+async def test_the_share_of_the_llm_does_not_decide_which_parent_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thirds of the moves start from the best member, by the LLM or without it."""
+    monkeypatch.setattr("agents.operators.trust_region.GENERATIONS", 1)  # the parent is chosen before the plan
     best = MEMBERS[0].candidate.id
     settings = AgentSettings(reply="moves", share=0.3)
     by_source: dict[str, list[bool]] = {"llm": [], "classical": []}

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import pytest
@@ -69,6 +69,15 @@ REPLIES = st.one_of(
     st.lists(FITTING, min_size=1, max_size=3).map(lambda items: json.dumps({"proposals": items})),
     st.lists(FITTING, min_size=1, max_size=3).map(lambda items: "Sure!\n" + "\n".join(map(json.dumps, items))),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_optimisations() -> Iterator[None]:
+    """A candidate meets the budget, however long the surrogate was asked before."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("rules", "trust_region"):
+            patched.setattr(f"agents.operators.{module}.GENERATIONS", 2)
+        yield
 
 
 async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple[float, ...]]:

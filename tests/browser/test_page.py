@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import evaluating
 from tests.support.browser import Seen, browsing, picture, shows
+from tests.support.conducted import evaluating
 from tests.support.http_client import TOKEN
 from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from daemon.settings.sources import load
-from tests.support.compose import Deployment, read_services
+from tests.support.compose import Container, Deployment, read_services
 from tests.support.root import ROOT
 from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
@@ -234,7 +235,10 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     deployment.up("gpu-worker")
     deployment.up("gpu-worker")
 
-    await eventually(lambda: [w["stage"] for w in status(deployment)["workers"]] == ["idle"] * 3, 120)
+    async def three_are_idle() -> bool:
+        return [worker["stage"] for worker in (await status_over_http(deployment))["workers"]] == ["idle"] * 3
+
+    await eventually(three_are_idle, 120)
     deployment.execute("daemon", "selfpruner", "resume", "--search", "tiny")
     assert status(deployment)["control"] == "run"
     assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
@@ -246,10 +250,11 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     up(deployment, workers=3)
     assert redis_cli(deployment, applied).split()[: len(before)] == before
 
-    await eventually(lambda: status(deployment)["finished"] and status(deployment)["daemon"] is None, 180)
+    await eventually(lambda: '"event": "stays"' in daemon(deployment).stdout, 180)
     check_the_daemon_stays(deployment)
     assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
     found = status(deployment)
+    assert found["finished"] and found["daemon"] is None
     assert found["endpoints"]["dead"]["errors"] > 0 and found["endpoints"]["llm"]["requests"] > 0
     assert (found["candidates"], found["waiting"], found["failed"]) == (CANDIDATES, 0, 0)
     check_no_command_was_refused(deployment)
@@ -261,23 +266,40 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     check_logs(deployment)
 
 
-async def over_http(deployment: Deployment, token: str) -> int:
-    """The answer's status where the documentation's line asks."""
+@asynccontextmanager
+async def asked_over_http(deployment: Deployment, token: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The answer where the documentation's line asks."""
     (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", GUIDE, re.MULTILINE))
     url = f"http://127.0.0.1:{deployment.ports['daemon:8090']}{path}"
     async with (
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as client,
         client.get(url) as response,
     ):
+        yield response
+
+
+async def over_http(deployment: Deployment, token: str) -> int:
+    async with asked_over_http(deployment, token) as response:
         return response.status
+
+
+async def status_over_http(deployment: Deployment) -> dict[str, Any]:
+    """What `status` shows, without a process that takes the cores from the services."""
+    async with asked_over_http(deployment, HTTP_TOKEN) as response:
+        answer: dict[str, Any] = await response.json()
+        return answer
+
+
+def daemon(deployment: Deployment) -> Container:
+    """The daemon that was started last."""
+    return next(c for c in reversed(deployment.containers) if c.service == "daemon")
 
 
 def check_the_daemon_stays(deployment: Deployment) -> None:
     """When the search has ended: healthy, so that it is not started again, and there for `exec`."""
     deployment.wait_until_healthy("daemon")
-    daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
-    assert daemon.process.poll() is None
-    assert json.loads(daemon.stdout.splitlines()[-1])["event"] == "stays"
+    assert daemon(deployment).process.poll() is None
+    assert json.loads(daemon(deployment).stdout.splitlines()[-1])["event"] == "stays"
     (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", GUIDE, re.MULTILINE)
     flags = line.replace("docker", "tiny").split()
     best = json.loads(deployment.execute("daemon", "selfpruner", *flags, "--json"))

@@ -163,13 +163,22 @@ async def test_a_run_on_a_server_that_is_there_passes_its_password_on_to_the_wor
     assert json.loads(out)["finished"] and b"open-sesame" not in err
 
 
-async def test_a_run_that_is_killed_is_gone_with_all_it_started_and_goes_on_when_started_again(run: Run) -> None:
+async def test_a_run_that_is_killed_or_interrupted_is_gone_with_all_it_started_and_goes_on_when_started_again(
+    run: Run,
+) -> None:
     async with nothing_left_behind(run.folder):
         process = await run.start()
         await eventually(partial(run.measured, 5), 120)
         process.kill()
         await process.communicate()
-    assert len(run.evaluations()) < CANDIDATES
+    killed_at = len(run.evaluations())
+    assert killed_at < CANDIDATES
+    async with nothing_left_behind(run.folder):
+        process = await run.start()
+        await eventually(partial(run.measured, killed_at + 2), 120)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        interrupted = await ended(process, code=130)
+    assert not interrupted["finished"] and interrupted["best"]["perplexity"] > 1
     check_finished(run, await ended(await run.start()))
 
 
@@ -198,16 +207,6 @@ async def test_killing_the_worker_and_its_child_in_a_run_loses_nothing(run: Run)
                 if module in child.cmdline():
                     child.kill()
     check_finished(run, await ended(process))
-
-
-async def test_ctrl_c_saves_ends_everything_and_the_next_start_goes_on(run: Run) -> None:
-    async with nothing_left_behind(run.folder):
-        process = await run.start()
-        await eventually(partial(run.measured, 4), 120)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-        interrupted = await ended(process, code=130)
-    assert not interrupted["finished"] and interrupted["best"]["perplexity"] > 1
-    check_finished(run, await ended(await run.start()))
 
 
 async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_another_process(
@@ -320,6 +319,7 @@ async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run
     assert log.read_text().count("endpoint_not_ready") == 1
 
 
+@pytest.mark.one_server
 async def test_a_run_on_a_server_of_the_users_ends_when_its_model_cannot_be_used(run: Run, server: Server) -> None:
     async with nothing_left_behind(run.folder):
         told = await run.refused(f"redis.url={server.url}", "target.model=/nowhere/model", "worker.count=2")

@@ -23,6 +23,7 @@ from tests.support.servers import Server, eventually
 from tests.support.tiny_models import save_tiny_folder
 from tests.support.tiny_specs import tiny_search, write_text
 
+pytestmark = pytest.mark.one_server
 CANDIDATES = 6 + 4 * (3 + 2)
 
 

@@ -25,8 +25,8 @@ from protocol.plans.candidate import Measured
 from protocol.plans.profile import ModelProfile
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import unevenness
 from tests.faults.marks import fault
+from tests.support.conducted import unevenness
 from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses

@@ -16,7 +16,7 @@ from daemon.state.history import History
 from protocol.plans.candidate import Candidate, Failed, Measured
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import Conducted, Evaluator, evaluating, unevenness
+from tests.support.conducted import Conducted, Evaluator, evaluating, unevenness
 from tests.support.http_client import Asked, served
 from tests.support.samples import PROFILE, SPEC
 

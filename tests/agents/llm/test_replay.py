@@ -23,8 +23,8 @@ from daemon.settings.sources import load
 from protocol.errors import EndpointError, SettingsError, first_error
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import SETTINGS, Conducted, unevenness
 from tests.support.chatting import QUICK, quick
+from tests.support.conducted import SETTINGS, Conducted, unevenness
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, ScriptedLlm, refuses
 

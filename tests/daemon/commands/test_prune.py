@@ -102,16 +102,10 @@ def process(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True)
 
 
-def finished(folder: Path, *arguments: str) -> dict[str, Any]:
-    """The answer of a command that has to end well."""
-    with process(folder, *arguments) as command:
-        answer: dict[str, Any] = json.loads(command.communicate(timeout=240)[0])
-    assert command.returncode == 0
-    return answer
-
-
 def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: Path, target: Path) -> None:
-    answer = finished(tmp_path, *arguments(target, "--budget", "8", "--format", "hf", "--format", "gguf"))
+    with process(tmp_path, *arguments(target, "--budget", "8", "--format", "hf", "--format", "gguf")) as pruning:
+        answer = json.loads(pruning.communicate(timeout=240)[0])
+    assert pruning.returncode == 0
     assert answer["evaluations"] == 8
     exported = answer["exported"]
     assert answer["reloaded"] == pytest.approx(exported["perplexity"], rel=1e-3)
@@ -127,14 +121,14 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     assert f"8 evaluations in {answer['search_seconds']:,.0f} s" in card
 
 
-def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Path, target: Path) -> None:
+def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Path, target: Path, cli: Cli) -> None:
     """The texts share a file name, and no figure is of another text than its own."""
     options = ["--budget", "4", "--format", "padded", "--format", "gguf"]
     for name, text in (("calibration", "report.txt"), ("fitness", "text.txt"), ("report", "text.txt")):
         (here / name).mkdir()
         (here / name / "wiki.txt").write_bytes((target / text).read_bytes())
         options += ["--set", f"data.{name}={name}/wiki.txt"]
-    answer = finished(here, *tuned(target, *options))
+    answer = cli.answer(*tuned(target, *options))
     tuning = answer["finetuned"]["finetuning"]
     assert answer["finetuned"]["formats"] == ["padded", "gguf"]
     perplexity, report = tuning["perplexity"], tuning["report_perplexity"]
@@ -147,27 +141,27 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Pat
     assert json.loads((here / "small" / "prune.json").read_text())["finetuned"]["folder"] == "small"
     assert facts["pruned_report"]["perplexity"] == report["after"]
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
-    again = finished(here, "evaluate", "small", "--data", "fitness/wiki.txt")
+    again = cli.answer("evaluate", "small", "--data", "fitness/wiki.txt")
     assert again["card_perplexity"] == perplexity["after"]
 
 
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(here: Path, target: Path, cli: Cli) -> None:
     options = arguments(target, "--budget", "4")
-    first = finished(here, *options)
+    first = cli.answer(*options)
     files = {file: file.stat().st_mtime_ns for file in (here / "small").iterdir()}
-    again = finished(here, *options)  # as if it had been killed when the folder was written
+    again = cli.answer(*options)  # as if it had been killed when the folder was written
     assert {**again, "search_seconds": 0} == {**first, "search_seconds": 0}
     assert {file: file.stat().st_mtime_ns for file in (here / "small").iterdir()} == files
     code, _, err = cli.run(*options, "--format", "padded")
     assert code == 2 and "--force to replace it" in err, "another format is another folder"
-    finished(here, *options, "--set", "search.seed=1", "--force")
+    cli.answer(*options, "--set", "search.seed=1", "--force")
     code, _, err = cli.run(*options)
     assert code == 2 and "--force to replace it" in err, "another search's model stands there now"
 
 
-def test_a_larger_budget_replaces_what_a_smaller_one_wrote(here: Path, target: Path) -> None:
+def test_a_larger_budget_replaces_what_a_smaller_one_wrote(here: Path, target: Path, cli: Cli) -> None:
     def rates(budget: int, evaluations: int) -> list[float]:
-        answer = finished(here, *arguments(target, "--budget", str(budget)))
+        answer = cli.answer(*arguments(target, "--budget", str(budget)))
         assert answer["evaluations"] == evaluations
         (best,) = here.glob("runs/*/best.json")
         written: list[float] = json.loads((here / "small" / "selfpruner.json").read_text())["rates"]
@@ -243,7 +237,7 @@ def test_force_replaces_what_was_checked_and_nothing_that_was_not(
     assert main(options) == 0 and when_written(here) != first, "what is finished is not replaced"
 
 
-def test_killed_in_its_search_the_same_command_goes_on(here: Path, target: Path) -> None:
+def test_killed_in_its_search_the_same_command_goes_on(here: Path, target: Path, cli: Cli) -> None:
     with process(here, *arguments(target, "--budget", "16")) as pruning:
         deadline = time.monotonic() + 120
         while len(measured(here)) < 5 and pruning.poll() is None and time.monotonic() < deadline:
@@ -251,7 +245,7 @@ def test_killed_in_its_search_the_same_command_goes_on(here: Path, target: Path)
         os.killpg(pruning.pid, signal.SIGKILL)
     before = measured(here)
     assert len(before) >= 5 and not (here / "small").exists()
-    assert finished(here, *arguments(target, "--budget", "16"))["evaluations"] == 16
+    assert cli.answer(*arguments(target, "--budget", "16"))["evaluations"] == 16
     after = measured(here)
     assert after[: len(before)] == before and len(set(after)) == len(after), "nothing is measured twice"
 

@@ -20,7 +20,7 @@ from daemon.settings.service import HttpSettings
 from protocol.queue.connection import connect
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import evaluating
+from tests.support.conducted import evaluating
 from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.samples import PROFILE, SPEC
 from tests.support.servers import Server, eventually

@@ -17,7 +17,7 @@ from daemon.monitor.observer import Observer
 from daemon.monitor.status import Status
 from protocol.plans.candidate import Measured
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import evaluating
+from tests.support.conducted import evaluating
 from tests.support.http_client import Asked, served
 from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually

@@ -27,8 +27,8 @@ from protocol.errors import SearchExistsError, UsageError
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.runtime import logs
-from tests.daemon.search.test_search import evaluating
 from tests.support.cli import Cli
+from tests.support.conducted import evaluating
 from tests.support.samples import profile_for, write_daemon_settings
 from tests.support.schema_answers import answer
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, as_json, hangs, refuses

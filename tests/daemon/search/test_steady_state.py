@@ -17,7 +17,7 @@ from protocol.plans.candidate import Measured
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
-from tests.daemon.search.test_search import Conducted, evaluating, killed_until_it_ends, unevenness
+from tests.support.conducted import Conducted, evaluating, killed_until_it_ends, unevenness
 from tests.support.schema_answers import SchemaChat
 
 pytestmark = pytest.mark.one_server

@@ -16,7 +16,7 @@ from protocol.plans.plan import dense_plan
 from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
-from tests.daemon.search.test_search import Conducted, evaluating, evaluations
+from tests.support.conducted import Conducted, evaluating, evaluations
 from tests.support.samples import measured
 from tests.support.tiny_specs import tiny_spec
 
