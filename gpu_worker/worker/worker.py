@@ -346,14 +346,15 @@ class Worker:
             self._set_status(stage="evaluating")
         return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
-    def _set_status(self, **changes: str | int) -> None:
+    def _set_status(self, **changes: str | int | None) -> None:
         self._status = self._status.model_copy(update=changes)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
-        if self._logged.should_log(stage, done, total):
-            left = self._logged.seconds_left(done, total)
+        should_log = self._logged.should_log(stage, done, total)
+        left = self._logged.seconds_left(done, total)
+        if should_log:
             log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
-        self._set_status(stage=stage, done=done, total=total)
+        self._set_status(stage=stage, done=done, total=total, seconds_left=left)
         beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))
         self._beats.add(beat)
         beat.add_done_callback(self._beats.discard)
