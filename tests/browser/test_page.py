@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, Route, async_playwright
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
+from daemon.http_api.token import PAGE_FILE, Access, page_file
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import evaluating
@@ -148,6 +150,13 @@ async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) 
     await shows(page, "#candidate-title", lambda text: parent in text)
     await page.keyboard.press("Escape")
     assert not await page.is_visible("#candidate")
+
+
+async def test_the_file_that_selfpruner_open_shows_leads_to_the_page(page: Page, it: Observed, tmp_path: Path) -> None:
+    with page_file(Access(SecretStr(TOKEN), tmp_path / "http-token"), it.ask.url, tmp_path):
+        await page.goto((tmp_path / PAGE_FILE).as_uri())
+        await page.wait_for_selector("#facts dd")
+    assert TOKEN not in page.url
 
 
 async def test_the_page_asks_for_the_token_and_says_when_it_is_wrong(page: Page, it: Observed) -> None:
