@@ -37,7 +37,7 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
     of = result.parameters
     if result.rate is None:
-        _add(table, "as is", result.perplexity, result.report_perplexity, None, of.total_after)
+        _add(table, "unchanged", result.perplexity, result.report_perplexity, None, of.total_after)
     else:
         _add(table, "dense", result.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
         _add(table, "pruned", result.perplexity, result.report_perplexity, result.kl, of.total_after)
@@ -268,7 +268,7 @@ def _with_heads(result: EvaluationResult) -> str | None:
 
 
 def _removed(rate: float | None, method: str | None) -> str:
-    return "as is" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
+    return "unchanged" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
 
 
 def _table(first: str, *others: str) -> Table:

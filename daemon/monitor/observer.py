@@ -45,7 +45,7 @@ class ObservedChat(Protocol):
 
     @property
     def state(self) -> LlmState:
-        """Whether the classical operators replace the LLM, and the state of each endpoint."""
+        """Whether operators without an LLM propose, and the state of each endpoint."""
         ...
 
 

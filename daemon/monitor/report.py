@@ -78,7 +78,10 @@ def overview(record: SearchRecord) -> dict[str, Any]:
         "lines": [asdict(line) for line in lines_of(summary)],
         "measure": MEASURE_NAMES[spec.measure],
         "agents": _agents(record),
-        "endpoints": {name: each.model_dump() for name, each in status.endpoints.items()} if status else {},
+        "endpoints": {
+            name: each.model_dump() | {"state": each.shown_state}
+            for name, each in (status.endpoints if status else {}).items()
+        },
         "tokens": summary.tokens,
         "cost": status.cost if status else 0.0,
         "seconds": summary.seconds,

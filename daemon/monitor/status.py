@@ -37,18 +37,23 @@ class EndpointStatus(_Value):
 
     state: Literal["asked", "left alone"]
     reason: str | None = None
-    """Why the endpoint is not being asked."""
+    """Why the endpoint gets no questions now."""
     requests: int
     errors: int
     prompt_tokens: int
     completion_tokens: int
+
+    @property
+    def shown_state(self) -> str:
+        """The state in words for people."""
+        return "in use" if self.state == "asked" else "resting"
 
 
 class Condition(_Value):
     """Facts that only the daemon knows. They are None before a daemon has published them."""
 
     degraded: bool | None = None
-    """Whether classical operators replace the LLM."""
+    """Whether operators without an LLM propose in its place."""
     degraded_by: Degraded | None = None
     """Why they replace the LLM: no endpoint answers (`endpoints`), or the LLM budget is used up (`budget`)."""
     parents_source: Source | None = None
@@ -87,7 +92,7 @@ class Status(_Value):
     candidates: int
     """Number of proposed candidates, without baselines."""
     by_source: dict[str, int]
-    """Candidates from the LLM, and from the classical operators that replace it."""
+    """Candidates by what proposed them: the LLM, or operators without an LLM."""
     measured: int
     """Proposed candidates that were measured."""
     failed: int

@@ -67,8 +67,6 @@ class Screen:
 
 SOURCES = {"llm": "LLM", "fallback": "fallback", "classical": "optimiser", "allocation": "seeds"}
 """Names of candidate sources on a screen."""
-ENDPOINT_STATES = {"asked": "in use", "left alone": "resting"}
-"""Names of the states of an LLM endpoint on a screen."""
 
 
 def status_tables(status: Status) -> Iterator[RenderableType]:
@@ -206,7 +204,7 @@ def _endpoints(status: Status) -> RenderableType:
     for column in ("endpoint", "state", "requests", "errors"):
         table.add_column(column, justify="left" if column in ("endpoint", "state") else "right")
     for name, endpoint in status.endpoints.items():
-        state = plain(ENDPOINT_STATES[endpoint.state] + (f": {endpoint.reason}" if endpoint.reason else ""))
+        state = plain(endpoint.shown_state + (f": {endpoint.reason}" if endpoint.reason else ""))
         table.add_row(plain(name), state, f"{endpoint.requests:,}", f"{endpoint.errors:,}")
     return table
 
