@@ -123,9 +123,10 @@ class Status(_Value):
 
     @property
     def preparing(self) -> WorkerStatus | None:
-        """A worker that prepares the model, before the search can begin; None if there is none."""
-        busy = (worker for worker in self.workers if worker.stage not in ("idle", "evaluating", "unusable"))
-        return next(busy, None) if self.dense_perplexity is None else None
+        """A worker that prepares the model, if none is ready to measure; otherwise None."""
+        usable = [worker for worker in self.workers if worker.stage != "unusable"]
+        is_ready = any(worker.stage in ("idle", "evaluating") for worker in usable)
+        return usable[0] if usable and not is_ready else None
 
     @property
     def figures(self) -> Figures:

@@ -137,7 +137,7 @@ def _facts(status: Status, per_minute: float | None = None) -> Table:
 
 
 def _step(worker: WorkerStatus) -> str:
-    """Return what a worker does before the search can begin, and about how long this step still takes."""
+    """Return what a worker does before it can measure, and about how long this step still takes."""
     step = worker.stage + (f", {worker.done:,} of {worker.total:,}" if worker.total else "")
     if not worker.seconds_left:
         return step

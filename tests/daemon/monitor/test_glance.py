@@ -206,12 +206,13 @@ def test_while_the_model_is_prepared_the_status_says_what_is_done_and_how_long_t
     worker: dict[str, object], step: str
 ) -> None:
     preparing = WorkerStatus.model_validate({"consumer": "host:2:b", **worker})
-    status = STATUS.model_copy(update={"dense_perplexity": None, "best": None, "workers": (preparing,)})
-    lines = [line.split(maxsplit=1) for line in drawn(screen_of(status), color_system=None)]
-    assert ["state", "preparing the model"] in [[each.strip() for each in line] for line in lines]
-    assert ["step", step] in [[each.strip() for each in line] for line in lines]
-    searching = status.model_copy(update={"dense_perplexity": 10.0})
-    assert "preparing the model" not in "\n".join(drawn(screen_of(searching), color_system=None))
+    failed = WorkerStatus(consumer="host:1:a", stage="unusable")
+    status = STATUS.model_copy(update={"workers": (failed, preparing)})
+    lines = [[each.strip() for each in line.split(maxsplit=1)] for line in drawn(screen_of(status), color_system=None)]
+    assert ["state", "preparing the model"] in lines and ["step", step] in lines
+    for stage in ("idle", "evaluating"):
+        ready = status.model_copy(update={"workers": (preparing, WorkerStatus(consumer="host:3:c", stage=stage))})
+        assert "preparing the model" not in "\n".join(drawn(screen_of(ready), color_system=None))
 
 
 def screen_of(status: Status) -> RenderableType:
