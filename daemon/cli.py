@@ -14,6 +14,7 @@ from daemon.commands.config import config
 from daemon.commands.finetune import finetune
 from daemon.commands.flags import FLAG_ERROR, flag_sentence
 from daemon.commands.init import init
+from daemon.commands.open import open_
 from daemon.commands.prune import prune
 from daemon.commands.push import push
 from daemon.commands.report import report
@@ -55,6 +56,7 @@ for command in (
 ):
     app.command()(command)
 app.command("list")(control.list_)
+app.command("open")(open_)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ class NotAsked(EndpointError):  # noqa: N818  (no request failed)
     """No request was sent: the endpoint rests after failures, is being probed, or demands too long a wait."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"not asked: {why}", retryable=False)
+        super().__init__(f"no question sent: {why}", retryable=False)
 
 
 class Connection:

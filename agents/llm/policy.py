@@ -61,8 +61,8 @@ class ChatPolicy(BaseModel):
     """Seconds that an endpoint rests after it is marked down. One probe follows, and each failed probe doubles the
     rest, up to ten minutes."""
     budget_requests: PositiveInt | None = None
-    """Maximum number of HTTP requests, including retries, summed over restarts; after that the classical operators take
-    over. None means no limit."""
+    """Maximum number of HTTP requests, including retries, summed over restarts; after that operators without an LLM
+    propose. None means no limit."""
     budget_tokens: PositiveInt | None = None
     """Maximum number of tokens, prompts and replies together, summed over restarts. None means no limit."""
     budget_cost: PositiveFloat | None = None

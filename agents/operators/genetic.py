@@ -1,4 +1,4 @@
-"""Classical operators: the fallback if no endpoint answers, and baselines of LLM search. Pure, seeded.
+"""Genetic operators without an LLM: the fallback if no endpoint answers, and baselines of LLM search. Pure, seeded.
 
 They return raw rates, one per unit. Projection restores the mean when the rates are made feasible.
 """

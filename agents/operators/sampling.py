@@ -1,4 +1,4 @@
-"""Proposals by classical operators, for the fallback and for the agents that ask no LLM. Pure, seeded."""
+"""Proposals by operators without an LLM, for the fallback and for the agents that ask no LLM. Pure, seeded."""
 
 import random
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ class AgentSettings(BaseModel):
     prompts."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Share of the offspring that the LLM is asked for. The others are whole plans with `moves`; rules, moves or plans
-    with `rules`; and otherwise made by the classical operators. With 0.3 and `moves`, an optimiser searches, and the
+    with `rules`; and otherwise made by operators without an LLM. With 0.3 and `moves`, an optimiser searches, and the
     LLM adds ideas."""
     what_if: int = Field(default=0, ge=0, le=10)
     """Number of drafts that the LLM may make of a rule or a choice of moves before it answers; it is told what the
@@ -38,8 +38,8 @@ class AgentSettings(BaseModel):
     """Number of candidates requested per call. None means all candidates of a round for `lists`, and one candidate for
     the other reply formats."""
     reasks: int = Field(default=2, ge=0, le=10)
-    """Number of times that an invalid reply is returned to the LLM with an explanation. After that, the classical
-    operator proposes instead."""
+    """Number of times that an invalid reply is returned to the LLM with an explanation. After that, an
+    operator without an LLM proposes instead."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature."""
     max_tokens: PositiveInt = 4096

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from daemon.commands import flags, tables
-from daemon.commands.output import print_result
+from daemon.commands.output import print_result, stdout_console
 from daemon.monitor.events import Event
 from daemon.monitor.remote import (
     NotRunning,
@@ -106,7 +106,7 @@ async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: boo
         if json_ or not sys.stdout.isatty():
             show = json_lines(sys.stdout)
         else:
-            live = stack.enter_context(Live(console=Console(), auto_refresh=False))
+            live = stack.enter_context(Live(console=stdout_console(), auto_refresh=False))
             show = on_screen(live, Screen())
         try:
             async with open_remote(search, redis_url, folder) as remote:

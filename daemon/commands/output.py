@@ -1,5 +1,6 @@
 """Output of commands: results as JSON or as tables, and progress."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +46,12 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def stdout_console() -> Console:
-    """Return a console on stdout; names of models and texts are not interpreted as markup."""
+    """Return a console on stdout; names of models and texts are not interpreted as markup.
+
+    Characters that stdout cannot encode are printed as question marks.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     width = None if sys.stdout.isatty() else UNWRAPPED
     return Console(width=width, markup=False, highlight=False, emoji=False)
 

@@ -61,7 +61,7 @@ def allocate(
 
 @flags.grouped
 def evaluate(
-    folder: Annotated[Path | None, typer.Argument(help="An exported model, measured as is.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="An exported model, measured unchanged.")] = None,
     model: flags.Model = None,
     *,
     texts: flags.TextFlags,
@@ -90,16 +90,16 @@ def evaluate(
     ] = None,
     json_: flags.Json = False,
 ) -> None:
-    """Measure a model's perplexity, as is or pruned with --allocate or --rates."""
+    """Measure a model's perplexity, unchanged or pruned with --allocate or --rates."""
     if (folder is None) == (model is None):
         raise SettingsError("give one model: a folder, or --model")
     if folder is not None:
         _check_holds_model(expanded(str(folder)))
     name = str(folder) if model is None else model
     if choice == flags.ChoiceFlags():
-        refuse_given("the model is measured as is", how, options)
+        refuse_given("the model is measured unchanged", how, options)
         if heads is not None:
-            raise SettingsError("--heads has no effect here: the model is measured as is")
+            raise SettingsError("--heads has no effect here: the model is measured unchanged")
         if fitness != "perplexity":
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates as well")
         from gpu_worker.export.card_measurement import CardMeasurement, card_measurement
@@ -125,7 +125,7 @@ def evaluate(
 def _check_holds_model(folder: Path) -> None:
     """Raise SettingsError for a folder without a model. This error comes before those about missing texts."""
     if not folder.exists():
-        raise SettingsError(f"there is no folder {str(folder)!r}; a model is named with --model, as is `smollm2`")
+        raise SettingsError(f"there is no folder {str(folder)!r}; name a model with --model, such as `smollm2`")
     if folder.is_dir() and not any((folder / name).exists() for name in (FACTS, "config.json")):
         raise SettingsError(f"the folder {str(folder)!r} holds no model: it has neither {FACTS} nor config.json")
 

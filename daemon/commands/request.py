@@ -159,7 +159,7 @@ def read_rates(path: Path) -> RatesFile:
 
 
 def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
-    """Return the texts for measuring a model as is. --calibration-data is only given to exclude its windows."""
+    """Return the texts for measuring a model unchanged. --calibration-data is only given to exclude its windows."""
     if texts.data is None:
         raise SettingsError("give --data, the text to measure on")
     calibration = texts.calibration_data

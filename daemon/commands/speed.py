@@ -36,7 +36,10 @@ def speed(
     dtype: flags.DtypeFlag = "bfloat16",
     json_: flags.Json = False,
 ) -> None:
-    """Compare the tokens per second, memory and size of a pruned model with those of its dense model."""
+    """Compare the tokens per second, memory and size of a pruned model with those of its dense model.
+
+    After Ctrl-C, the figures of the repeats so far are printed.
+    """
     need("torch", "worker")
     from gpu_worker.speed.engines import SpeedRequest, check_request, engines_named
     from gpu_worker.speed.timing import Length
@@ -56,8 +59,11 @@ def speed(
     with show_progress(baseline, stock_torch=True) as progress:
         from gpu_worker.speed.speed import measure_speed
 
-        result = measure_speed(request, progress)
+        result, interruption = measure_speed(request, progress)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.speed(result))
+    if interruption:
+        interruption.left = "the figures are partial"
+        raise interruption
     if engine and result.skipped:
         # The results of the other engines are printed first.
         raise ModelError("; ".join(result.skipped.values()))

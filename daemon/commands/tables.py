@@ -37,7 +37,7 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
     of = result.parameters
     if result.rate is None:
-        _add(table, "as is", result.perplexity, result.report_perplexity, None, of.total_after)
+        _add(table, "unchanged", result.perplexity, result.report_perplexity, None, of.total_after)
     else:
         _add(table, "dense", result.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
         _add(table, "pruned", result.perplexity, result.report_perplexity, result.kl, of.total_after)
@@ -195,18 +195,25 @@ def speed(result: SpeedResult) -> Iterator[RenderableType]:
                 _number(size.disk_bytes and size.disk_bytes / 1e6, 1),
             )
         yield sizes
-        yield _rates(found.batches)
-    yield f"medians and ranges of {result.repeats} repeats after {result.warm_up} for warm-up, dense and pruned in turn"
+        yield _rates(found.batches, result.repeats if result.interrupted else None)
+    if result.interrupted:
+        yield "partial, because the measurement was interrupted: figures are of the whole repeats until then"
+    repeats = "the" if result.interrupted else result.repeats
+    yield f"medians and ranges of {repeats} repeats after {result.warm_up} for warm-up, dense and pruned in turn"
     for reason in result.skipped.values():
         yield f"skipped: {reason}"
 
 
-def _rates(batches: Sequence[BatchSpeed]) -> Table:
-    """Return a table with two rows per batch size: tokens per second of prefill and decode."""
-    table = _table("batch", "", "dense tokens/s", "pruned tokens/s", "speed-up")
+def _rates(batches: Sequence[BatchSpeed], wanted: int | None) -> Table:
+    """Return a table with two rows per batch size: tokens per second of prefill and decode.
+
+    `wanted` is the number of repeats if some of them are missing.
+    """
+    table = _table("batch", "", "dense tokens/s", "pruned tokens/s", "speed-up", *["repeats"] * bool(wanted))
     for batch in batches:
         for phase, found in (("prefill", batch.prefill), ("decode", batch.decode)):
             cells = [_spread(found.dense, 1), _spread(found.pruned, 1), _spread(found.speed_up, 2)]
+            cells += [f"{batch.repeats} of {wanted}"] * bool(wanted)
             table.add_row(str(batch.batch_size), phase, *cells)
     return table
 
@@ -261,7 +268,7 @@ def _with_heads(result: EvaluationResult) -> str | None:
 
 
 def _removed(rate: float | None, method: str | None) -> str:
-    return "as is" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
+    return "unchanged" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
 
 
 def _table(first: str, *others: str) -> Table:

@@ -1,4 +1,4 @@
-"""`selfpruner zero-shot`: zero-shot accuracy of a model as is, pruned in memory, or exported."""
+"""`selfpruner zero-shot`: zero-shot accuracy of a model unchanged, pruned in memory, or exported."""
 
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +37,7 @@ def zero_shot(
 ) -> None:
     """Measure accuracy on the paper's seven zero-shot tasks, with lm-eval.
 
-    The model is evaluated as is, or pruned with --allocate or --rates.
+    The model is evaluated unchanged, or pruned with --allocate or --rates.
     """
     names = split_task_names(tasks or [])
     if tasks is not None and not names:
@@ -48,9 +48,9 @@ def zero_shot(
     if pruned:
         request = pruning_request(model, texts, choice, how, options, dtype=dtype, seed=seed)
     else:
-        refuse_given("the model is evaluated as is", texts, how, options)
+        refuse_given("the model is evaluated unchanged", texts, how, options)
         if seed:
-            raise SettingsError("--seed has no effect here: the model is evaluated as is, and no item is sampled")
+            raise SettingsError("--seed has no effect here: the model is evaluated unchanged, and no item is sampled")
     need("torch", "worker")
     need("lm_eval", "eval")
     with show_progress(model) as progress:

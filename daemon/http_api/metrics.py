@@ -120,7 +120,7 @@ def _endpoints(status: Status) -> Iterable[Metric]:
         tokens.add_metric([name, "completion"], endpoint.completion_tokens)
         asked.add_metric([name], endpoint.state == "asked")
     yield from (requests, errors, tokens, asked)
-    yield _gauge("degraded", "1 while classical operators replace the LLM.", status.degraded)
+    yield _gauge("degraded", "1 while operators without an LLM propose in its place.", status.degraded)
 
 
 def _figures(status: Status) -> Iterable[Metric]:

@@ -1,10 +1,14 @@
-"""The token of the HTTP API: from the settings, or random and kept in the search's folder."""
+"""The token of the HTTP API, from the settings or kept in the search's folder, and the file that opens its page."""
 
 import contextlib
 import os
+import re
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape, unescape
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -16,6 +20,10 @@ from protocol.runtime.secret_files import read_secret
 
 TOKEN_FILE = "http-token"
 TOKEN_MODE = 0o600
+PAGE_FILE = "open.html"
+REDIRECT = """<!doctype html><meta charset="utf-8"><title>Self-Pruner</title>
+<meta http-equiv="refresh" content="0; url={address}"><a href="{address}">page of the search</a>
+"""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,14 @@ class Access:
     def secrets(self) -> list[str]:
         """Values to redact in the log."""
         return [self.token.get_secret_value()] if self.token else []
+
+    def address(self, url: str) -> str:
+        """Return the address of the page at `url` for a browser, with a generated token.
+
+        What follows `#` in an address stays in the browser.
+        """
+        url = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")  # all interfaces
+        return f"{url}/#token={self.token.get_secret_value()}" if self.token and self.kept_in else url
 
 
 def open_access(settings: HttpSettings, folder: Path) -> Access:
@@ -45,6 +61,33 @@ def open_access(settings: HttpSettings, folder: Path) -> Access:
         return Access(_read_kept(file) or _make(file), kept_in=file)
     except OSError as error:
         raise UsageError(f"the token of the HTTP API cannot be kept in {file}: {error.strerror}") from error
+
+
+@contextmanager
+def page_file(access: Access, url: str, folder: Path) -> Iterator[None]:
+    """Keep a file in the search's folder, while the block runs, that leads a browser to the page at `url`.
+
+    A browser is started with the name of this file, not with the address and its token, because every user of a
+    machine can list the command lines of all processes. Only the owner can read the file. Jupyter does the same. If
+    this process is killed, the file remains, and says no more than the file of the token beside it. A file in the
+    folder for temporary files would not do: browsers installed by Snap or Flatpak cannot read it.
+    """
+    file = folder / PAGE_FILE
+    with contextlib.suppress(OSError):  # a full disk must not end the search
+        write_atomically(file, REDIRECT.format(address=escape(access.address(url))), mode=TOKEN_MODE)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def kept_address(folder: Path) -> str | None:
+    """Return the address that the page file in `folder` leads to; None if there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        found = re.search('href="([^"]+)"', (folder / PAGE_FILE).read_text(encoding="utf-8"))
+        return unescape(found[1]) if found else None
+    return None
 
 
 def _read_given(path: Path) -> SecretStr:

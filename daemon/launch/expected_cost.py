@@ -6,6 +6,7 @@ a search asks again for some replies.
 
 from dataclasses import dataclass
 
+from daemon.monitor.watch_screen import unit_of_time
 from daemon.search.rehearsal import Questions
 from daemon.settings.settings import Settings
 from protocol.plans.shape import ModelShape
@@ -31,7 +32,6 @@ UNKNOWN_TOKENS = 300_000
 SHARES_OF_MEMORY = (0.8, 0.5, 0.25)
 """The same of the speed of memory, while text is written."""
 HOUR = 1 / 3600
-UNITS = ((3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def _how(speed: DeviceSpeed) -> str:
 
 def _time(seconds: Range) -> str:
     """Return the range in seconds, minutes or hours."""
-    size, unit = next((each for each in UNITS if seconds.expected >= 2 * each[0]), UNITS[-1])
+    size, unit = unit_of_time(seconds.expected)
     least, expected, most = map(_two_digits, vars(seconds * (1 / size)).values())
     return f"{expected} {unit} ({least} to {most})"
 

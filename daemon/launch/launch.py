@@ -14,7 +14,7 @@ from agents.llm.endpoint import ChatClient
 from agents.llm.replay import CachedChat
 from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
-from daemon.http_api.token import TOKEN_MODE, Access, kept_text
+from daemon.http_api.token import TOKEN_MODE, Access, kept_text, page_file
 from daemon.launch.background import repair_forever, wait_for_profile, watch_workers
 from daemon.launch.lessons import TOLD, add_lesson, read_lessons
 from daemon.launch.llm import make_chat, read_replay, read_transcript
@@ -91,7 +91,7 @@ class Launch:
             self._journal.keep(access.kept_in.name, kept_text(access.token), mode=TOKEN_MODE)
         self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.folder_errors)
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
-        self._announce = announce
+        self._access, self._announce = access, announce
         self._more_duties = more_duties
         self._search: Search | None = None
 
@@ -239,10 +239,12 @@ class Launch:
 
     async def _serve(self, stack: AsyncExitStack) -> None:
         """Serve the HTTP API until the stack is closed. Raises UsageError if it cannot listen."""
-        if self._api is None:
+        if self._api is None or self._access is None:
             return
         try:
-            self._announce(await stack.enter_async_context(self._api.serving()))
+            url = await stack.enter_async_context(self._api.serving())
+            stack.enter_context(page_file(self._access, url, self._settings.folder))
+            self._announce(url)
         except CannotListen:
             # If another daemon of this search listens there, raise SearchExistsError instead.
             with contextlib.suppress(TimeoutError):

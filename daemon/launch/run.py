@@ -119,14 +119,9 @@ def _configure_logs(settings: Settings, stream: logs.Stream | None) -> Access | 
 
 
 def _announce(access: Access | None, url: str) -> None:
-    """Show a person the address of the page, with a generated token; never write the token to a log.
-
-    What follows `#` in an address stays in the browser.
-    """
+    """Show a person the address of the page, with a generated token; never write the token to a log."""
     if sys.stderr.isatty():
-        kept = access.kept_in if access else None
-        token = f"/#token={access.token.get_secret_value()}" if access and access.token and kept else ""
-        sys.stderr.write(f"page of the search: {url}{token}\n")
+        sys.stderr.write(f"page of the search: {access.address(url) if access else url}\n")
 
 
 async def _run_embedded(

@@ -51,7 +51,7 @@ class ObservedChat(Protocol):
 
     @property
     def state(self) -> LlmState:
-        """Whether the classical operators replace the LLM, and the state of each endpoint."""
+        """Whether operators without an LLM propose, and the state of each endpoint."""
         ...
 
 

@@ -138,7 +138,9 @@ def _endpoints(record: SearchRecord) -> dict[str, dict[str, Any]]:
     for row in _agents(record):
         brought[row["endpoint"]].update(measured=row["measured"], improved=row["improved"])
     return {
-        name: each.model_dump() | {"measured": brought[name]["measured"], "improved": brought[name]["improved"]}
+        name: each.model_dump()
+        | {"state": each.shown_state}
+        | {key: brought[name][key] for key in ("measured", "improved")}
         for name, each in (record.status.endpoints if record.status else {}).items()
     }
 

@@ -1,26 +1,41 @@
 """The live display of `selfpruner run` on a terminal. Without a terminal, the log has the same information."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from daemon.monitor.follower import REFRESH_SECONDS
+from daemon.monitor.glance import Glance
+from daemon.monitor.status import Tally
+from daemon.monitor.watch_screen import plain
 from daemon.search.control import ControlWatcher
 from daemon.search.figures import figures_of
 from daemon.search.search import Search
 from daemon.state.store import SearchStore
 
 
+class _Lines(Progress):
+    """The lines of progress, above what the search has found so far."""
+
+    found: tuple[RenderableType, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield what is shown."""
+        yield from super().get_renderables()
+        yield from self.found
+
+
 class Display:
-    """Shows a search and its workers: one line for the search and one per worker."""
+    """Shows one line for the search and one per worker, and under them a glance at the search."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._progress = _Lines(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -32,6 +47,7 @@ class Display:
         self._busy: set[str] = set()
         """Workers whose progress bar counts the steps of a stage instead of candidates."""
         self._search: tuple[Search, ControlWatcher] | None = None
+        self._tally = Tally()
 
     def follow(self, search: Search, control_watcher: ControlWatcher) -> None:
         """Show this search from now on."""
@@ -56,12 +72,16 @@ class Display:
 
     def _show_search(self, search: Search, control_watcher: ControlWatcher) -> None:
         state = search.state
-        found = figures_of(state.spec, state.profile, state.population).in_words()
+        spec, profile, population = state.spec, state.profile, state.population
+        self._tally.take(state.ledger, population)
+        glance = Glance.of(spec, profile, population, self._tally.evaluations, self._tally.improvements)
+        words = Text(figures_of(spec, profile, population).in_words(), no_wrap=True, overflow="ellipsis")
+        self._progress.found = (words, glance) if glance else (words,)
         doing = "paused" if control_watcher.command == "pause" else f"round {search.round}"
         self._progress.update(
             self._line,
-            description=f"search: {doing}; {found}",
-            completed=len(state.population),
+            description=f"search: {doing}",
+            completed=len(population),
             total=search.budget.proposed + search.budget.remaining,
         )
 
@@ -81,7 +101,7 @@ class Display:
                 self._busy ^= {consumer}
             self._progress.update(
                 self._workers[consumer],
-                description=f"worker: {status.stage}",
+                description=plain(f"worker: {status.stage}").plain,
                 completed=status.done if busy else status.measured,
                 total=status.total if busy else None,
             )

@@ -17,6 +17,7 @@ from redis.exceptions import ResponseError
 
 from agents.llm.endpoint import Degraded
 from agents.population.population import Evaluation, Population
+from daemon.monitor.glance import Glance
 from daemon.search.figures import Figures, figures_of, uniform_outcome
 from protocol.plans.candidate import Candidate, Failed, Measured, Source
 from protocol.plans.profile import ModelProfile
@@ -36,7 +37,7 @@ class EndpointStatus(_Value):
 
     state: Literal["asked", "left alone"]
     reason: str | None = None
-    """Why the endpoint is not being asked."""
+    """Why the endpoint gets no questions now."""
     requests: int
     errors: int
     prompt_tokens: int
@@ -45,6 +46,11 @@ class EndpointStatus(_Value):
     """Mean time that an answer took, with its retries."""
     cost: float = 0.0
     """Cost of the tokens at the endpoint's prices."""
+
+    @property
+    def shown_state(self) -> str:
+        """The state in words for people."""
+        return "in use" if self.state == "asked" else "resting"
 
 
 class QuestionCounts(_Value):
@@ -61,7 +67,7 @@ class Condition(_Value):
     """Facts that only the daemon knows. They are None before a daemon has published them."""
 
     degraded: bool | None = None
-    """Whether classical operators replace the LLM."""
+    """Whether operators without an LLM propose in its place."""
     degraded_by: Degraded | None = None
     """Why they replace the LLM: no endpoint answers (`endpoints`), or the LLM budget is used up (`budget`)."""
     parents_source: Source | None = None
@@ -103,7 +109,7 @@ class Status(_Value):
     candidates: int
     """Number of proposed candidates, without baselines."""
     by_source: dict[str, int]
-    """Candidates from the LLM, and from the classical operators that replace it."""
+    """Candidates by what proposed them: the LLM, or operators without an LLM."""
     measured: int
     """Proposed candidates that were measured."""
     failed: int
@@ -124,11 +130,20 @@ class Status(_Value):
     uniform_kl: float | None = None
     best_to_uniform: float | None = None
     """The best candidate's fitness divided by that of uniform pruning: below 1, the search has gained something."""
+    glance: Glance | None = None
+    """What terminals draw: the best fitness against evaluations, and the best rates beside the sensitivities."""
     tokens: dict[str, int]
     """LLM tokens, summed over restarts: `prompt` and `completion`."""
     cost: float = 0.0
     """Cost of the tokens at the endpoints' prices, summed over restarts."""
     seconds: float
+
+    @property
+    def preparing(self) -> WorkerStatus | None:
+        """A worker that prepares the model, if none is ready to measure; otherwise None."""
+        usable = [worker for worker in self.workers if worker.stage != "unusable"]
+        is_ready = any(worker.stage in ("idle", "evaluating") for worker in usable)
+        return usable[0] if usable and not is_ready else None
 
     @property
     def figures(self) -> Figures:
@@ -205,9 +220,12 @@ class Tally:
     """Outcomes by source and kind, with the source `baseline` for baselines."""
     round: int = 0
     evaluation_seconds: float = 0.0
+    evaluations: int = 0
+    """Proposals with an outcome."""
+    improvements: list[tuple[int, float]] = field(default_factory=list)
+    """For each new best, the number of evaluations until then, and its fitness."""
     _issued: int = 0
     _evaluated: int = 0
-    _best: float = float("inf")
 
     def take(self, ledger: dict[str, Candidate], population: Population) -> list[tuple[Evaluation, bool]]:
         """Count new candidates and outcomes. Returns the new evaluations, each with True if it was the best so far."""
@@ -218,14 +236,16 @@ class Tally:
         return [(new, self._take(new)) for new in population.newest(population.outcomes - self._evaluated)]
 
     def _take(self, evaluation: Evaluation) -> bool:
-        self._evaluated += 1
         outcome, candidate = evaluation.outcome, evaluation.candidate
+        self._evaluated += 1
+        self.evaluations += candidate.is_proposal
         self.outcomes[_source(candidate), outcome.kind] += 1
         self.evaluation_seconds += 0.0 if isinstance(outcome, Failed) else outcome.seconds
-        if not isinstance(outcome, Measured):
+        if not isinstance(outcome, Measured) or not candidate.is_proposal:
             return False
-        is_best = candidate.is_proposal and outcome.fitness < self._best
-        self._best = outcome.fitness if is_best else self._best
+        is_best = not self.improvements or outcome.fitness < self.improvements[-1][1]
+        if is_best:
+            self.improvements.append((self.evaluations, outcome.fitness))
         return is_best
 
 
@@ -246,6 +266,7 @@ def make_status(observation: Observation, tally: Tally) -> Status:
     spec, profile, population = observation.spec, observation.profile, observation.population
     uniform = uniform_outcome(spec, profile, population) if profile else None
     ratio = figures_of(spec, profile, population).ratio if profile else None
+    glance = Glance.of(spec, profile, population, tally.evaluations, tally.improvements) if profile else None
     return Status(
         search=observation.search,
         model=observation.spec.model,
@@ -271,6 +292,7 @@ def make_status(observation: Observation, tally: Tally) -> Status:
         uniform_perplexity=uniform.perplexity if uniform else None,
         uniform_kl=uniform.kl if uniform else None,
         best_to_uniform=ratio,
+        glance=glance,
         tokens=llm_tokens(observation.counters),
         cost=round(observation.counters.get("cost", 0.0), 6),
         seconds=round(observation.counters.get("seconds", 0.0), 1),

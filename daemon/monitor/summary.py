@@ -11,6 +11,7 @@ from rich.table import Table
 
 from agents.population.population import Evaluation, Population
 from daemon.monitor.status import llm_tokens
+from daemon.monitor.watch_screen import SOURCES
 from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Measured, candidate_id
@@ -244,6 +245,7 @@ def _lines(summary: Summary) -> list[str]:
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
     outcome = summary.candidates["by_outcome"]
+    sources = {SOURCES[name]: count for name, count in summary.candidates["by_source"].items()}
     used = summary.tokens
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     is_worth_it = summary.best and summary.improved is not False
@@ -255,7 +257,7 @@ def _lines(summary: Summary) -> list[str]:
         *weak,
         *([f"best rule: {summary.rule}"] if summary.rule else []),
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
-        f"candidates by source: {listed(summary.candidates['by_source'])}",
+        f"candidates by source: {listed(sources)}",
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *(following if summary.finished else unfinished),

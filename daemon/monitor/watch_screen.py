@@ -1,4 +1,4 @@
-"""The tables of `selfpruner status` and the screen of `selfpruner watch`: state, best candidates, workers, events."""
+"""The tables of `selfpruner status` and the screen of `selfpruner watch`: state, glance, workers, best candidates."""
 
 import time
 from collections import deque
@@ -14,12 +14,15 @@ from daemon.monitor.events import Event
 from daemon.monitor.status import Status
 from daemon.search.figures import Figures
 from protocol.plans.candidate import Measured
+from protocol.queue.worker_status import WorkerStatus
 
 SHOWN_MEMBERS = 5
 SHOWN_EVENTS = 20
-FEWEST_EVENTS = 3
-OVERVIEW_LINES = 9
+FEWEST_EVENTS = 2
+HEAD_LINES = 2
+"""Lines of a table above its rows."""
 RATE_SECONDS = 120.0
+UNITS = ((3600, "h"), (60, "min"), (1, "s"))
 
 
 class Screen:
@@ -46,24 +49,32 @@ class Screen:
         return 60 * (now - before) / (last - first) if last - first >= 5 else None
 
     def render(self, status: Status, members: Sequence[Evaluation], height: int = 50) -> RenderableType:
-        """Return the whole screen, with as many events as fit in `height` lines."""
-        taken = OVERVIEW_LINES + 2 + len(members) + 2 + len(status.workers)
-        events = list(self._events)[-max(FEWEST_EVENTS, height - taken - 1) :]
-        return Group(
-            _overview(status, self.per_minute),
-            _members(status, members),
-            _workers(status),
-            *(_plain(event, "dim") for event in events),
-        )
+        """Return the whole screen: whatever comes later gets the rest of `height` lines. No line is wrapped."""
+        facts = _cropped(_facts(status, self.per_minute))
+        parts: list[RenderableType] = [_title(status), facts]
+        room = height - 2 - facts.row_count
+        if status.glance:
+            parts.append(status.glance)
+            room -= status.glance.height
+        workers = _cropped(_workers(status, max(1, room - HEAD_LINES - FEWEST_EVENTS)))
+        room -= HEAD_LINES + workers.row_count
+        if best := members[: max(0, room - HEAD_LINES - FEWEST_EVENTS)]:
+            parts.append(_cropped(_members(status, best)))
+            room -= HEAD_LINES + len(best)
+        events = list(self._events)[-max(FEWEST_EVENTS, room) :]
+        return Group(*parts, workers, *(plain(event, "dim", no_wrap=True) for event in events))
 
 
-SOURCES = {"llm": "LLM", "allocation": "seeds"}
-"""Names of candidate sources on a screen, if they differ from the names in the status."""
+SOURCES = {"llm": "LLM", "fallback": "fallback", "classical": "optimiser", "allocation": "seeds"}
+"""Names of candidate sources on a screen."""
 
 
 def status_tables(status: Status) -> Iterator[RenderableType]:
-    """Yield the tables of a status: overview, workers, endpoints and failed jobs."""
-    yield _overview(status)
+    """Yield the tables of a status: the search, a glance at it, workers, endpoints and failed jobs."""
+    yield _title(status)
+    yield _facts(status)
+    if status.glance:
+        yield status.glance
     if status.workers:
         yield _workers(status)
     if status.endpoints:
@@ -82,23 +93,35 @@ def list_table(found: Mapping[str, Status | None]) -> Iterator[RenderableType]:
         table.add_column(column, justify="right" if column in ("removed", "measured", "best ÷ uniform") else "left")
     for name, status in found.items():
         if status is None:
-            table.add_row(_plain(name), "", "", Text("cannot be read; `status` says why", "red"), "", "")
+            table.add_row(plain(name), "", "", Text("cannot be read; `status` says why", "red"), "", "")
             continue
         ratio = status.best_to_uniform
         shown = "–" if ratio is None else f"{ratio:.3f}"
         table.add_row(
-            _plain(name), _plain(status.model), f"{status.rate:.0%}", _state(status), f"{status.measured:,}", shown
+            plain(name), plain(status.model), f"{status.rate:.0%}", _state(status), f"{status.measured:,}", shown
         )
     yield table
 
 
-def _overview(status: Status, per_minute: float | None = None) -> RenderableType:
+def unit_of_time(seconds: float) -> tuple[int, str]:
+    """Return the unit that a time is best written in: its seconds and its name."""
+    return next((each for each in UNITS if seconds >= 2 * each[0]), UNITS[-1])
+
+
+def _title(status: Status) -> Text:
+    return plain(f"{status.search}: {status.model}, {status.rate:.0%} removed", "bold", no_wrap=True)
+
+
+def _facts(status: Status, per_minute: float | None = None) -> Table:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column()
     pace = "" if per_minute is None else f"; {per_minute:.1f} per minute"
     table.add_row("state", _state(status))
-    table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
+    if status.preparing:
+        table.add_row("step", plain(_step(status.preparing)))
+    parents = SOURCES.get(status.parents_source or "", "–")
+    table.add_row("round", f"{status.round}, parents chosen by {parents}")
     stopped = f", {status.stopped} stopped early" if status.stopped else ""
     table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{stopped}{pace}")
     made = [f"{SOURCES.get(name, name)} {count}" for name, count in status.by_source.items()]
@@ -106,17 +129,29 @@ def _overview(status: Status, per_minute: float | None = None) -> RenderableType
     table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
     table.add_row("kl" if status.fitness == "kl" else "perplexity", status.figures.in_words())
     if status.fitness == "kl":
-        plain = Figures("perplexity", status.best_perplexity, status.uniform_perplexity, status.dense_perplexity)
-        table.add_row("perplexity", plain.in_words())
+        perplexity = Figures("perplexity", status.best_perplexity, status.uniform_perplexity, status.dense_perplexity)
+        table.add_row("perplexity", perplexity.in_words())
     table.add_row("tokens", f"{status.tokens.get('prompt', 0):,} in, {status.tokens.get('completion', 0):,} out")
     table.add_row("time", f"{status.seconds:,.0f} s")
-    return Group(_plain(f"{status.search}: {status.model}, {status.rate:.0%} removed", "bold"), table)
+    return table
+
+
+def _step(worker: WorkerStatus) -> str:
+    """Return what a worker does before it can measure, and about how long this step still takes."""
+    step = worker.stage + (f", {worker.done:,} of {worker.total:,}" if worker.total else "")
+    if not worker.seconds_left:
+        return step
+    size, unit = unit_of_time(worker.seconds_left)
+    return f"{step}; about {worker.seconds_left / size:.0f} {unit} left in this step"
 
 
 def in_words(event: Event) -> str:
-    """Return an event as one line."""
-    fields = " ".join(f"{name}={_short(value)}" for name, value in event.fields.items() if value is not None)
-    return f"{event.name.replace('_', ' ')}  {fields}"
+    """Return an event as one line, without what is the same in most lines."""
+    fields = {name: value for name, value in event.fields.items() if value is not None}
+    if fields.get("text") == "fitness":
+        del fields["text"]
+    words = (_short(value) if name == "candidate" else f"{name}={_short(value)}" for name, value in fields.items())
+    return f"{event.name.replace('_', ' ')}  {' '.join(words)}"
 
 
 def _state(status: Status) -> Text:
@@ -130,11 +165,13 @@ def _state(status: Status) -> Text:
         return Text({"pause": "paused", "stop": "stopping"}[status.control], "yellow")
     if status.degraded:
         why = "the LLM budget is used up" if status.degraded_by == "budget" else "no LLM endpoint answers"
-        return Text(f"degraded: {why}; classical operators propose", "yellow")
+        return Text(f"degraded: {why}; operators without an LLM propose", "yellow")
+    if status.preparing:
+        return Text("preparing the model", "green")
     return Text("running" if status.workers else "waiting for a worker", "green" if status.workers else "yellow")
 
 
-def _members(status: Status, members: Sequence[Evaluation]) -> RenderableType:
+def _members(status: Status, members: Sequence[Evaluation]) -> Table:
     table = Table(title="best candidates", box=None, title_justify="left")
     for column in ("rank", "id", "kl" if status.fitness == "kl" else "perplexity", "agent", "source", "round"):
         table.add_column(column, justify="right" if column in ("rank", "perplexity", "kl", "round") else "left")
@@ -142,18 +179,23 @@ def _members(status: Status, members: Sequence[Evaluation]) -> RenderableType:
         if isinstance(member.outcome, Measured):
             who = member.candidate.provenance
             fitness = f"{member.outcome.fitness:,.4f}"
-            table.add_row(str(rank), _plain(member.candidate.id), fitness, who.agent, who.source, str(who.round))
+            table.add_row(
+                str(rank), plain(member.candidate.id), fitness, who.agent, SOURCES[who.source], str(who.round)
+            )
     return table
 
 
-def _workers(status: Status) -> RenderableType:
-    table = Table(title="workers", box=None, title_justify="left")
+def _workers(status: Status, most: int | None = None) -> Table:
+    """Return the table of workers, of which at most `most` are shown."""
+    shown, workers = status.workers[:most], len(status.workers)
+    title = "workers" if len(shown) == workers else f"{len(shown)} of {workers:,} workers"
+    table = Table(title=title, box=None, title_justify="left")
     for column in ("worker", "doing", "measured"):
         table.add_column(column, justify="right" if column == "measured" else "left")
-    for worker in status.workers:
+    for worker in shown:
         share = f" {worker.done}/{worker.total}" if worker.total and worker.stage not in ("idle", "evaluating") else ""
-        doing = _plain(f"{worker.stage}{share} {worker.detail}".strip())
-        table.add_row(_plain(worker.consumer), doing, str(worker.measured))
+        doing = plain(f"{worker.stage}{share} {worker.detail}".strip())
+        table.add_row(plain(worker.consumer), doing, str(worker.measured))
     return table
 
 
@@ -162,8 +204,8 @@ def _endpoints(status: Status) -> RenderableType:
     for column in ("endpoint", "state", "requests", "errors"):
         table.add_column(column, justify="left" if column in ("endpoint", "state") else "right")
     for name, endpoint in status.endpoints.items():
-        state = _plain(endpoint.state + (f": {endpoint.reason}" if endpoint.reason else ""))
-        table.add_row(_plain(name), state, f"{endpoint.requests:,}", f"{endpoint.errors:,}")
+        state = plain(endpoint.shown_state + (f": {endpoint.reason}" if endpoint.reason else ""))
+        table.add_row(plain(name), state, f"{endpoint.requests:,}", f"{endpoint.errors:,}")
     return table
 
 
@@ -173,13 +215,21 @@ def _dead(status: Status) -> RenderableType:
         table.add_column(column)
     for job in status.dead[:SHOWN_MEMBERS]:
         why = job.get("detail") or job.get("reason", "")
-        table.add_row(*(_plain(text) for text in (job.get("id", ""), job.get("worker", ""), why)))
+        table.add_row(*(plain(text) for text in (job.get("id", ""), job.get("worker", ""), why)))
     return table
 
 
-def _plain(text: str, style: str = "") -> Text:
+def _cropped(table: Table) -> Table:
+    """Return the table with each row on one line, which ends in an ellipsis where it is too long."""
+    for column in table.columns:
+        column.no_wrap = True
+    return table
+
+
+def plain(text: str, style: str = "", *, no_wrap: bool = False) -> Text:
     """Return text from Redis without markup and without control characters."""
-    return Text("".join(c if c.isprintable() else "?" for c in text), style)
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return Text(shown, style, no_wrap=no_wrap or None, overflow="ellipsis" if no_wrap else None)
 
 
 def _short(value: object) -> str:

@@ -1,7 +1,7 @@
 """Rehearses a search without an LLM and without a model, to know how many questions it asks and how long they are.
 
-The agents are the real ones. Their candidates get made-up figures, and no question is answered, so that the classical
-operators propose. The prompts are as long as those of a real search with the same settings.
+The agents are the real ones. Their candidates get made-up figures, and no question is answered, so that operators
+without an LLM propose. The prompts are as long as those of a real search with the same settings.
 """
 
 import hashlib

@@ -90,8 +90,8 @@ class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
     """The LLM that proposes candidates, and how it is asked."""
 
     start_wait_seconds: float = Field(default=600.0, ge=0)
-    """Maximum seconds to wait at the start until an endpoint answers. After that, the search begins with the classical
-    operators."""
+    """Maximum seconds to wait at the start until an endpoint answers. After that, the search begins, and operators
+    without an LLM propose."""
     lessons: Path | None = None
     """Experimental: a text file of what earlier searches found, such as `runs/llama.md` for models of one family. The
     Initializer tells the LLM what the file says, so search.initializer must be `llm`. At its end, the search adds one
@@ -99,7 +99,7 @@ class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
     replay: Path | None = None
     """The transcript.jsonl of an earlier search. Replies are read from it, and no endpoint is asked."""
     replay_strict: bool = False
-    """If a question is not in the transcript, end the search instead of using the classical operator."""
+    """If a question is not in the transcript, end the search instead of using an operator without an LLM."""
 
 
 class LocalLlmSettings(Section):

@@ -31,7 +31,7 @@ class SearchSettings(Section):
     """Name of the search, of its keys in Redis and of its folder under run.folder. Give each search its own name."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random choices: the text windows, the text of `self`, the candidates that a prompt shows, the
-    classical operators, and the sampling of the LLM."""
+    operators without an LLM, and the sampling of the LLM."""
     population: PositiveInt = 30
     """K: the size of the first population, and the number of parents kept each round."""
     mutations: int = Field(default=10, ge=0)
@@ -70,12 +70,12 @@ class SearchSettings(Section):
     """What chooses the parents: the LLM, a `tournament`, or `none`, which shows Mutator and Crossover the whole
     population, as in the paper's combined prompts."""
     mutator: Literal["llm", "classical", "ranked", "plans", "rules"] = "llm"
-    """What mutates: the LLM, a `classical` operator, `ranked`, a random choice among the moves that the surrogate
-    ranks highest, `plans`, all rates at once as the surrogate predicts them to be best, or `rules`, genetic programming
-    over rules, such moves and such plans in turn."""
+    """What mutates: the LLM, `classical` (a random change), `ranked` (a random choice among the moves that the
+    surrogate ranks highest), `plans` (all rates at once, as the surrogate predicts them to be best), or `rules`
+    (genetic programming over rules, such moves and such plans in turn)."""
     crossover: Literal["llm", "classical", "ranked", "rules"] = "llm"
-    """What crosses over: the LLM, a `classical` operator, `ranked`, a random choice among the mixes that the
-    surrogate ranks highest, or `rules`, crossover of rules, such mixes and whole plans in turn."""
+    """What crosses over: the LLM, `classical` (a random mix of parents), `ranked` (a random choice among the mixes that
+    the surrogate ranks highest), or `rules` (crossover of rules, such mixes and whole plans in turn)."""
     first_windows: PositiveInt | None = None
     """Experimental: measure each candidate on this number of windows first. If it is worse on them than the K-th best
     candidate of earlier rounds, do not measure the rest; `evolution` compares it with the best candidate. None measures

@@ -5,13 +5,14 @@ medians. The speed-up is the median of these ratios.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import UsageError
 from protocol.results.speeds import BatchSpeed, ModelSize, PhaseSpeed, Spread
+from protocol.runtime.signals import Interrupted
 
 WARM_UP = 1
 """Number of first repeats that are not counted, because memory is first touched and kernels are selected in them."""
@@ -63,26 +64,34 @@ class Pair:
 
 def alternate(
     pair: Pair, batch_size: int, repeats: int, *, warm_up: int = WARM_UP, progress: Progress = no_progress
-) -> list[tuple[Timing, Timing]]:
-    """Run the dense and the pruned model in turn; return both timings of each repeat after the first `warm_up`."""
+) -> Iterator[tuple[Timing, Timing]]:
+    """Run the dense and the pruned model in turn; yield both timings of each repeat after the first `warm_up`."""
     stage = f"measuring batches of {batch_size}"
-    found = []
     progress(stage, 0, warm_up + repeats)
     for done in range(warm_up + repeats):
-        found.append((pair.dense.run(batch_size), pair.pruned.run(batch_size)))
+        timings = pair.dense.run(batch_size), pair.pruned.run(batch_size)
         progress(stage, done + 1, warm_up + repeats)
-    return found[warm_up:]
+        if done >= warm_up:
+            yield timings
 
 
 def measured_batches(
     pair: Pair, batch_sizes: Sequence[int], repeats: int, warm_up: int, progress: Progress
-) -> tuple[BatchSpeed, ...]:
-    """Measure each batch size."""
-    found = []
+) -> tuple[tuple[BatchSpeed, ...], Interrupted | None]:
+    """Measure each batch size, until a signal comes. Return the speeds of all whole repeats, and the interruption."""
+    found, interruption = [], None
     for batch_size in batch_sizes:
-        timings = alternate(pair, batch_size, repeats, warm_up=warm_up, progress=progress)
-        found.append(compare(batch_size, timings))
-    return tuple(found)
+        timings: list[tuple[Timing, Timing]] = []
+        try:
+            for both in alternate(pair, batch_size, repeats, warm_up=warm_up, progress=progress):
+                timings.append(both)  # noqa: PERF402  (what was measured before an interruption must be kept)
+        except Interrupted as end:
+            interruption = end
+        if timings:
+            found.append(compare(batch_size, timings))
+        if interruption:
+            break
+    return tuple(found), interruption
 
 
 def prefixed(progress: Progress, prefix: str) -> Progress:
@@ -94,6 +103,7 @@ def compare(batch_size: int, timings: Sequence[tuple[Timing, Timing]]) -> BatchS
     """Compute the speeds of (dense, pruned) timings. Raises UsageError if a time is too short to measure."""
     return BatchSpeed(
         batch_size=batch_size,
+        repeats=len(timings),
         prefill=_phase(timings, lambda timing: (timing.prefill_tokens, timing.prefill_seconds)),
         decode=_phase(timings, lambda timing: (timing.decode_tokens, timing.decode_seconds)),
     )

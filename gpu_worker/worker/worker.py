@@ -371,14 +371,15 @@ class Worker:
         times = {"busy_seconds": round(busy, 1), "ready_seconds": round(ready, 1)}
         return self._status.model_copy(update=times).to_json()
 
-    def _set_status(self, **changes: str | int) -> None:
+    def _set_status(self, **changes: str | int | None) -> None:
         self._status = self._status.model_copy(update=changes)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
-        if self._logged.should_log(stage, done, total):
-            left = self._logged.seconds_left(done, total)
+        should_log = self._logged.should_log(stage, done, total)
+        left = self._logged.seconds_left(done, total)
+        if should_log:
             log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
-        self._set_status(stage=stage, done=done, total=total)
+        self._set_status(stage=stage, done=done, total=total, seconds_left=left)
         beat = asyncio.create_task(self._queue.beat(self._job, self._status_now()))
         self._beats.add(beat)
         beat.add_done_callback(self._beats.discard)

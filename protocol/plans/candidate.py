@@ -23,8 +23,8 @@ AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
 """The agent that proposed a candidate. A `seed` is an allocation in the first population. A `baseline` is measured for
 comparison only and never enters the population."""
 Source = Literal["llm", "fallback", "classical", "allocation"]
-"""The source of the rates: the LLM, the fallback if no endpoint gives a usable answer, a classical operator chosen in
-the settings, or an allocation."""
+"""The source of the rates: the LLM, the fallback if no endpoint gives a usable answer, an operator or optimiser
+without an LLM that the settings choose (`classical`), or an allocation."""
 Step = Literal["rules", "moves", "plans"]
 """What made a candidate: a formula for all rates, moves of rate between a few units, or a whole plan by the surrogate.
 """

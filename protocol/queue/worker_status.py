@@ -12,13 +12,15 @@ from protocol.queue.keys import Keys
 class WorkerStatus(BaseModel):
     """The status that a worker sends with each heartbeat. `consumer` is part of the key, not of the value."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     consumer: str = ""
     stage: str
     """`loading`, a stage of preparing (with `done` of `total`), `idle`, `evaluating`, or `unusable` (see `detail`)."""
     done: int = 0
     total: int = 0
+    seconds_left: float | None = None
+    """About how long this stage of preparing still takes, by its own pace; None if that is not known."""
     measured: int = 0
     busy_seconds: float = 0.0
     """How long it has measured candidates."""

@@ -32,6 +32,8 @@ class BatchSpeed(Value):
     """Speed at one batch size."""
 
     batch_size: int
+    repeats: int
+    """Number of repeats measured: fewer than requested if a signal ended the measurement."""
     prefill: PhaseSpeed
     decode: PhaseSpeed
 
@@ -75,6 +77,9 @@ class SpeedResult(Value):
     generate: int
     """Number of tokens generated after each prompt."""
     repeats: int
+    """Number of repeats requested for each batch size."""
+    interrupted: bool = False
+    """Whether a signal ended the measurement, so that figures are partial or missing."""
     warm_up: int
     """Number of repeats before the measured repeats."""
     engines: tuple[EngineSpeed, ...]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Page
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
+from daemon.http_api.token import PAGE_FILE, Access, page_file
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.support.browser import Seen, browsing, picture, shows
@@ -109,6 +111,14 @@ async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) 
     await shows(page, "#candidate-title", lambda text: parent in text)
     await page.keyboard.press("Escape")
     assert not await page.is_visible("#candidate")
+
+
+@pytest.mark.browser
+async def test_the_file_that_selfpruner_open_shows_leads_to_the_page(page: Page, it: Observed, tmp_path: Path) -> None:
+    with page_file(Access(SecretStr(TOKEN), tmp_path / "http-token"), it.ask.url, tmp_path):
+        await page.goto((tmp_path / PAGE_FILE).as_uri())
+        await page.wait_for_selector("#facts dd")
+    assert TOKEN not in page.url
 
 
 @pytest.mark.browser

@@ -116,7 +116,7 @@ def test_a_bad_rates_file_gets_one_sentence(target: Path, tmp_path: Path, cli: C
         ([*UNIFORM, "--rule", "default"], "--rule is for the allocation rule"),
         ([*UNIFORM, "--seed", "9" * 30], "seed"),
         ([*UNIFORM, "--multiple-of", "1000"], "multiples of 1000: the narrowest MLP"),
-        (["--scoring", "sequential"], "--scoring has no effect here: the model is measured as is"),
+        (["--scoring", "sequential"], "--scoring has no effect here: the model is measured unchanged"),
         (["--fitness", "kl"], "give --allocate or --rates"),
         (["--allocate", "magic", "--rate", "0.3"], "magic"),
         (["--allocate", "uniform"], "--allocate needs --rate"),

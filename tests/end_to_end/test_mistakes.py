@@ -77,7 +77,7 @@ COMMANDS = [
     ("export --search nowhere --out small", "there is no search 'nowhere'"),
     ("export --model smollm2 --allocate best --rate 0.3 --out small", "'best' is not one of"),
     ("evaluate nowhere", "there is no folder 'nowhere'"),
-    ("evaluate smollm2 --allocate owl", "a model is named with --model"),
+    ("evaluate smollm2 --allocate owl", "name a model with --model"),
     ("allocate --model smollm2 --rate 0.3", "give an allocation method"),
     ("finetune nowhere --out small --data ok.yaml", "there is no folder 'nowhere'"),
     ("speed nowhere --baseline smollm2", "there is no folder 'nowhere'"),

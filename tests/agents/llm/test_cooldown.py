@@ -96,5 +96,5 @@ async def test_a_wait_that_would_end_after_the_deadline_is_not_begun() -> None:
     later = refuses(503, "loading", headers={"retry-after": "200"})
     async with ScriptedLlm([later]) as llm, Chat([llm.endpoint], QUICK) as chat:
         await fails(chat, "loading")
-        await fails(chat, "not asked")
+        await fails(chat, "no question sent")
         assert len(llm.asked) == 1

@@ -179,7 +179,7 @@ def test_a_folder_without_a_card_needs_a_text(target: Path, cli: Cli) -> None:
 
 
 def test_what_is_no_folder_of_a_model_is_said_before_a_text_is_asked_for(tmp_path: Path, cli: Cli) -> None:
-    assert "nowhere'; a model is named with --model" in cli.error("evaluate", tmp_path / "nowhere")
+    assert "nowhere'; name a model with --model" in cli.error("evaluate", tmp_path / "nowhere")
     assert "holds no model: it has neither selfpruner.json nor config.json" in cli.error("evaluate", tmp_path)
 
 

@@ -126,7 +126,7 @@ def test_a_model_as_it_is_has_one_row_and_the_claim_of_its_card() -> None:
         card_perplexity=23.46,
     )
     heading, _, row, *lines = printed(tables.evaluation(as_it_is))
-    assert heading == "pruned, as is" and row.startswith("as is")
+    assert heading == "pruned, unchanged" and row.startswith("unchanged")
     assert lines == [
         "measured on text that the dense model generated: 1 window of 256 tokens, 255 of them predicted",
         "the model card states 23.46 on the same tokens",

@@ -52,7 +52,10 @@ def tasks(tmp_path: Path) -> Path:
         (["--batch-size", "0"], "--batch-size"),
         (["--rate", "0.3"], "either --rates FILE or --allocate"),
         (["--allocate", "owl"], "--allocate needs --rate"),
-        (["--calibration-data", "self", "--seqlen", "64"], "--seqlen has no effect here: the model is evaluated as is"),
+        (
+            ["--calibration-data", "self", "--seqlen", "64"],
+            "--seqlen has no effect here: the model is evaluated unchanged",
+        ),
         (["--importance", "taylor"], "--importance has no effect here"),
         (["--seed", "3"], "--seed has no effect here"),
         (["--rates", "nowhere.json"], "the rates file 'nowhere.json' cannot be read"),

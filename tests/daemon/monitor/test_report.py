@@ -116,7 +116,9 @@ def test_what_others_wrote_is_text_and_nothing_is_asked_of_a_network() -> None:
         spec=SPEC.model_copy(update={"model": HOSTILE}),
         status=STATUS.model_copy(update={"endpoints": endpoints}),
     )
-    page = Reader(render_report([hostile, record_of(17.0)]))
+    text = render_report([hostile, record_of(17.0)])
+    assert ">in use<" in text
+    page = Reader(text)
     assert "script" not in page.elements and page.addresses == []
     assert {"svg", "table", "details"} <= page.elements
     assert all(ElementTree.fromstring(drawing.svg) is not None for drawing in charts_of([hostile]).values())

@@ -15,9 +15,9 @@ from daemon.local.folder_lock import is_running, lock_folder
 from daemon.monitor import watch as watch_module
 from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, open_remote
-from daemon.monitor.status import QueueDepth, Status
+from daemon.monitor.status import EndpointStatus, QueueDepth, Status
 from daemon.monitor.watch import follow, json_lines, on_screen
-from daemon.monitor.watch_screen import RATE_SECONDS, Screen
+from daemon.monitor.watch_screen import RATE_SECONDS, Screen, status_tables
 from protocol.errors import UsageError
 from protocol.queue.connection import connect
 from protocol.queue.keys import Keys
@@ -149,7 +149,10 @@ def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one()
         ({"control": "pause"}, "pausing; the evaluation in progress will complete"),
         ({"control": "pause", "queue": QueueDepth(queued=3), "workers": ()}, "paused"),
         ({"control": "stop"}, "stopping"),
-        ({"degraded": True, "degraded_by": "endpoints"}, "degraded: no LLM endpoint answers"),
+        (
+            {"degraded": True, "degraded_by": "endpoints"},
+            "degraded: no LLM endpoint answers; operators without an LLM propose",
+        ),
         ({"degraded": True, "degraded_by": "budget"}, "degraded: the LLM budget is used up"),
         ({"workers": ()}, "waiting for a worker"),
     ],
@@ -157,6 +160,19 @@ def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one()
 def test_the_screen_says_what_is_not_as_it_should_be(change: dict[str, object], says: str) -> None:
     status = STATUS.model_copy(update=change)
     assert says in shown(screen_after(status), status)
+
+
+def test_a_status_names_sources_and_states_in_plain_words() -> None:
+    answers = EndpointStatus(state="asked", requests=7, errors=0, prompt_tokens=1, completion_tokens=1)
+    fails = answers.model_copy(update={"state": "left alone", "reason": "HTTP 500"})
+    status = STATUS.model_copy(
+        update={"by_source": {"llm": 1, "classical": 2}, "endpoints": {"one": answers, "two": fails}}
+    )
+    console = Console(width=80, file=io.StringIO())
+    console.print(*status_tables(status))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "LLM 1, optimiser 2" in text and "in use" in text and "resting: HTTP 500" in text
 
 
 def test_what_stands_in_redis_is_shown_as_text_and_commands_nothing() -> None:

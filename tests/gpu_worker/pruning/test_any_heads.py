@@ -209,7 +209,7 @@ def test_people_read_which_heads_went_and_that_the_model_is_masked(
     ("flags", "sentence"),
     [
         ([*UNIFORM, "--heads", "some"], "'some' is not one of 'rectangular', 'any'"),
-        (["--heads", "any"], "--heads has no effect here: the model is measured as is"),
+        (["--heads", "any"], "--heads has no effect here: the model is measured unchanged"),
         ([*UNIFORM, "--heads", "any", "--split", "mlp-first"], "--heads any needs --split equal, not 'mlp-first'"),
         ([*UNIFORM, "--heads", "any", "--granularity", "block"], "--heads any needs --granularity layer, not 'block'"),
         ([*UNIFORM, "--heads", "any", "--scoring", "sequential"], "--heads any needs --scoring dense"),

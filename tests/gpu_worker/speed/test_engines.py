@@ -146,7 +146,7 @@ def test_a_window_holds_fewer_tokens_than_the_text() -> None:
 
 
 def test_both_engines_measure_an_hf_folder(folders: Path) -> None:
-    result = measure_speed(request(folders))
+    result, _ = measure_speed(request(folders))
     assert [found.engine for found in result.engines] == ["transformers", "llama.cpp"]
     for found in result.engines:
         assert [batch.batch_size for batch in found.batches] == [1, 2]
@@ -164,7 +164,7 @@ def test_both_engines_measure_an_hf_folder(folders: Path) -> None:
 def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(tmp_path: Path) -> None:
     save_tiny_folder(tmp_path / "dense", "qwen3")
     export(pruned(with_tokenizer(tiny_model("qwen3")), PLAN), "hf", tmp_path / "hf", PLAN)
-    result = measure_speed(request(tmp_path))
+    result, _ = measure_speed(request(tmp_path))
     assert [found.engine for found in result.engines] == ["transformers"]
     assert "gguf does not support pruned models of the family 'qwen3'" in result.skipped["llama.cpp"]
     with pytest.raises(ModelError, match="gguf does not support"):
@@ -172,7 +172,7 @@ def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(t
 
 
 def test_a_gguf_folder_runs_in_llama_cpp_with_a_dense_file_of_its_type(folders: Path) -> None:
-    result = measure_speed(request(folders, "gguf"))
+    result, _ = measure_speed(request(folders, "gguf"))
     (found,) = result.engines
     assert (found.engine, found.dense.weight_type, found.pruned.weight_type) == ("llama.cpp", "f16", "f16")
     file = next((folders / "gguf").glob("*.gguf"))

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from gpu_worker.models.memory import Machine
 from gpu_worker.speed.compatibility import Sizes, check_memory, check_pruned_from
 from gpu_worker.speed.engines import ENGINES, EngineFacts, choose_engines, engines_named
 from gpu_worker.speed.timing import Pair, Timing, alternate, compare
+from gpu_worker.speed.transformers_engine import TransformersRunner
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.plans.shape import LayerShape
 from protocol.results.formats import Engine
@@ -47,7 +49,7 @@ def test_dense_and_pruned_run_in_turn_and_the_warm_up_does_not_count() -> None:
     runs: list[str] = []
     pair = pair_of(runs, [(99.0, 99.0), (1.0, 2.0), (1.0, 2.0)], [(99.0, 99.0), (0.5, 1.0), (0.25, 1.0)])
     told: list[tuple[int, int]] = []
-    found = alternate(pair, 3, 2, warm_up=1, progress=lambda _, done, total: told.append((done, total)))
+    found = list(alternate(pair, 3, 2, warm_up=1, progress=lambda _, done, total: told.append((done, total))))
     assert runs == ["A3", "B3"] * 3
     assert [each[0].prefill_seconds for each in found] == [1.0, 1.0]
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
@@ -57,7 +59,7 @@ def test_the_speed_up_is_the_median_of_the_ratios_of_neighbours() -> None:
     """A machine that slows down threefold after the first repeat slows both: the ratio stays what it is."""
     dense = [(1.0, 3.0), (3.0, 9.0), (3.0, 9.0)]
     of_pruned = [(0.5, 1.0), (1.5, 3.0), (2.0, 3.0)]
-    batch = compare(1, alternate(pair_of([], dense, of_pruned), 1, 3, warm_up=0))
+    batch = compare(1, list(alternate(pair_of([], dense, of_pruned), 1, 3, warm_up=0)))
     assert (batch.prefill.tokens, batch.decode.tokens) == (100, 10)
     assert batch.prefill.dense.model_dump() == pytest.approx({"median": 100 / 3, "lowest": 100 / 3, "highest": 100})
     assert batch.prefill.pruned.model_dump() == pytest.approx({"median": 200 / 3, "lowest": 50, "highest": 200})
@@ -66,7 +68,7 @@ def test_the_speed_up_is_the_median_of_the_ratios_of_neighbours() -> None:
 
 
 def test_a_batch_counts_the_tokens_of_all_its_texts() -> None:
-    batch = compare(4, alternate(pair_of([], [(1.0, 1.0)], [(1.0, 1.0)]), 4, 1, warm_up=0))
+    batch = compare(4, list(alternate(pair_of([], [(1.0, 1.0)], [(1.0, 1.0)]), 4, 1, warm_up=0)))
     assert (batch.prefill.tokens, batch.decode.tokens) == (400, 40)
     assert batch.decode.dense.median == 40
 
@@ -241,3 +243,62 @@ def test_a_person_gets_tables(exported: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     for words in ("transformers on cpu", "bfloat16", "KV bytes/token", "prefill", "decode", "1 repeats after 1"):
         assert words in said
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets a signal come while a model runs for the last of so many times."""
+    run, runs = TransformersRunner.run, []
+
+    def interrupt_after(most: int) -> None:
+        def counted(self: TransformersRunner, batch_size: int) -> Timing:
+            runs.append(batch_size)
+            if len(runs) == most:
+                signal.raise_signal(signal.SIGINT)
+            return run(self, batch_size)
+
+        monkeypatch.setattr(TransformersRunner, "run", counted)
+
+    return interrupt_after
+
+
+@pytest.mark.parametrize(
+    ("runs", "repeats"),
+    [(6, {1: 1}), (7, {1: 2}), (8, {1: 2}), (9, {1: 3}), (11, {1: 3}), (13, {1: 3, 2: 1})],
+)
+def test_an_interrupted_measurement_prints_the_whole_repeats_until_then(
+    exported: Path,
+    runs: int,
+    repeats: dict[int, int],
+    interrupted_after: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    interrupted_after(runs)
+    command = ["speed", str(exported / "pruned"), "--baseline", str(exported / "dense"), "--engine", "transformers"]
+    sizes = ["--prompt", "9", "--generate", "3", "--repeats", "3", "--batch-size", "1", "--batch-size", "2"]
+    assert main([*command, *sizes, "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "selfpruner: interrupted; the figures are partial"
+    answer = json.loads(out)
+    assert answer["interrupted"] and answer["repeats"] == 3
+    assert {batch["batch_size"]: batch["repeats"] for batch in answer["engines"][0]["batches"]} == repeats
+
+
+def test_a_person_reads_which_repeats_an_interrupted_measurement_has(
+    exported: Path, interrupted_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_after(7)
+    command = ["speed", str(exported / "pruned"), "--baseline", str(exported / "dense"), "--engine", "transformers"]
+    assert main([*command, "--prompt", "9", "--generate", "3"]) == 130
+    said = capsys.readouterr().out
+    assert said.count("2 of 5") == 2 and "partial, because the measurement was interrupted" in said
+
+
+def test_an_interruption_before_the_first_repeat_leaves_no_table(
+    exported: Path, interrupted_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_after(3)
+    command = ["speed", str(exported / "pruned"), "--baseline", str(exported / "dense"), "--engine", "transformers"]
+    assert main([*command, "--prompt", "9", "--generate", "3"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1] == "selfpruner: interrupted; nothing was written"

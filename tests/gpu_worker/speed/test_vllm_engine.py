@@ -69,7 +69,7 @@ def test_what_was_measured_is_kept_where_vllm_fails(
 
     monkeypatch.setattr(vllm, "LLM", fails)
     for named in ((), ("transformers", "vllm")):
-        result = measure_speed(request(folders, engines=named))
+        result, _ = measure_speed(request(folders, engines=named))
         assert "transformers" in [found.engine for found in result.engines]
         assert re.fullmatch(
             r"vLLM cannot load '.*dense' \((x|RuntimeError: Engine .* failed)\)", result.skipped["vllm"]
@@ -85,7 +85,7 @@ def test_an_engine_that_runs_out_of_memory_takes_nothing_along(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(vllm_engine, "_read_sizes", full)
-    result = measure_speed(request(folders, engines=("transformers", "vllm")))
+    result, _ = measure_speed(request(folders, engines=("transformers", "vllm")))
     assert "does not fit into memory (CUDA out of memory)" in result.skipped["vllm"]
 
 

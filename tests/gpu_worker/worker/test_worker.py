@@ -16,13 +16,18 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
+from gpu_worker.progress import LogThrottle
+from gpu_worker.worker.options import WorkerOptions
+from gpu_worker.worker.worker import Worker
 from protocol.plans.candidate import Candidate, Measured, Provenance, Result, candidate_id
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
+from protocol.queue.worker_status import read_workers
 from tests.faults.kit import Kit, candidates, fault_kit
+from tests.support.clock import Clock
 from tests.support.samples import PROFILE, SPEC
 from tests.support.servers import Server, eventually
 
@@ -255,3 +260,18 @@ async def test_a_worker_does_not_leave_for_the_end_of_an_earlier_run_of_its_sear
         await asyncio.sleep(2)
         await daemon.redis.set(daemon.keys.condition, '{"finished": true}')
         assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+async def test_a_worker_publishes_how_long_its_stage_still_takes(redis: Redis, server: Server, keys: Keys) -> None:
+    clock = Clock()
+    worker = Worker(redis, WorkerOptions(server.url, "test"))
+    worker._logged = LogThrottle(clock)
+    for done, left in ((0, None), (15, 45), (60, 0)):
+        clock.now += done
+        worker._show_progress("scoring", done, 60)
+        await asyncio.gather(*worker._beats)
+        (status,) = (await read_workers(redis, keys)).workers
+        assert (status.stage, status.done, status.seconds_left) == ("scoring", done, left)
+    worker._show_progress("measuring sensitivity", 0, 60)
+    await asyncio.gather(*worker._beats)
+    assert (await read_workers(redis, keys)).workers[0].seconds_left is None
