@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Kept = dict[str, Any]
-"""`run`, the run's id; `curves`, lists of [step, value] by name; `settings`; `report`, its text."""
+"""`run`, the run's id; `curves`, lists of [step, value] by name; `settings`; `report`, its text, at the end."""
 
 
 def tensorboard(folder: Path) -> Kept:
@@ -25,6 +25,7 @@ def tensorboard(folder: Path) -> Kept:
 def mlflow(folder: Path) -> Kept:
     from mlflow import MlflowClient
 
+    assert (folder / "run.json").is_file(), "two processes must not create the database"
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("self-pruner")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -32,15 +33,17 @@ def mlflow(folder: Path) -> Kept:
         name: [[metric.step, metric.value] for metric in client.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
     }
-    report = client.download_artifacts(run.info.run_id, "report.html")
-    assert run.info.status == "FINISHED" and Path(report).is_relative_to(folder)
+    artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
+    assert ("report.html" in artifacts) == (run.info.status == "FINISHED")
+    report = client.download_artifacts(run.info.run_id, "report.html") if "report.html" in artifacts else None
+    assert run.info.artifact_uri.startswith((folder / "artifacts").as_uri())
     kept = json.loads(Path(client.download_artifacts(run.info.run_id, "settings.json")).read_text())
     assert run.data.params["search.name"] == kept["search"]["name"]
     return {
         "run": run.info.run_id,
         "curves": curves,
         "settings": run.data.params | {"search.rounds": str(kept["search"]["rounds"])},
-        "report": Path(report).read_text(),
+        "report": Path(report).read_text() if report else None,
     }
 
 
@@ -66,7 +69,12 @@ def wandb(folder: Path) -> Kept:
             elif record.HasField("artifact"):
                 artifacts += [entry.local_path for entry in record.artifact.manifest.contents]
     (run,) = runs
-    return {"run": run, "curves": curves, "settings": settings, "report": Path(artifacts[-1]).read_text()}
+    return {
+        "run": run,
+        "curves": curves,
+        "settings": settings,
+        "report": Path(artifacts[-1]).read_text() if artifacts else None,
+    }
 
 
 def _records(log: bytes) -> Iterator[bytes]:
@@ -101,9 +109,12 @@ def trackio(folder: Path) -> Kept:
         if isinstance(values, dict)
         for name, value in values.items()
     }
-    (entry,) = SQLiteStorage.get_artifact_manifest("self-pruner", "report.html", None)["manifest"]
-    (blob,) = folder.rglob(entry["digest"])
-    return {"run": run.id, "curves": curves, "settings": settings, "report": blob.read_text()}
+    kept: Kept = {"run": run.id, "curves": curves, "settings": settings, "report": None}
+    if artifact := SQLiteStorage.get_artifact_manifest("self-pruner", "report.html", None):
+        (entry,) = artifact["manifest"]
+        (blob,) = folder.rglob(entry["digest"])
+        kept["report"] = blob.read_text()
+    return kept
 
 
 def _text(value: Any) -> str:
