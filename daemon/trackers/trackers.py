@@ -90,7 +90,8 @@ class Feed:
                     assert process.stdin is not None, "it is a pipe"
                     process.stdin.write(f"{end.model_dump_json()}\n".encode())
                     process.stdin.close()
-                    await self._raise_its_error(process)
+                    if await process.wait():
+                        raise await _error(process)
         finally:
             await _kill(process)
 
@@ -116,7 +117,7 @@ class Feed:
         state, pipe = self._state(), process.stdin
         assert pipe is not None, "it is a pipe"
         if process.returncode is not None:
-            await self._raise_its_error(process)
+            raise await _error(process)
         if state is None:
             return
         if self._curves is None:
@@ -126,15 +127,9 @@ class Feed:
             for point in self._curves.take(state.population, self._counters()):
                 pipe.write(f"{json.dumps([point.step, point.values])}\n".encode())
                 await pipe.drain()
+                await asyncio.sleep(0)  # a long history must not block the event loop
         except ConnectionError:
-            await self._raise_its_error(process)
-
-    async def _raise_its_error(self, process: asyncio.subprocess.Process) -> None:
-        """Wait for the end of the process. Raises TrackerError with its own words if it failed."""
-        assert process.stdout is not None, "it is a pipe"
-        says = (await process.stdout.read()).decode(errors="replace").strip()
-        if code := await process.wait():
-            raise TrackerError(says or f"its process has ended with status {code}")
+            raise await _error(process) from None
 
     @contextlib.asynccontextmanager
     async def _logging_errors(self) -> AsyncIterator[None]:
@@ -151,6 +146,13 @@ class Feed:
 
 class TrackerError(Exception):
     """A tracker's process has failed."""
+
+
+async def _error(process: asyncio.subprocess.Process) -> TrackerError:
+    """Wait for the end of a process, and return its error in its own words, if it has left any."""
+    assert process.stdout is not None, "it is a pipe"
+    says = (await process.stdout.read()).decode(errors="replace").strip()
+    return TrackerError(says or f"its process has ended with status {await process.wait()}")
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
