@@ -129,4 +129,4 @@ READERS: dict[str, Callable[[Path], Kept]] = {
 }
 
 if __name__ == "__main__":
-    json.dump(READERS[sys.argv[1]](Path(sys.argv[2])), sys.__stdout__)
+    sys.stdout.write(json.dumps(READERS[sys.argv[1]](Path(sys.argv[2]))))
