@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-browser test-faults test-compose test-vllm lint types tests docs clean
+.PHONY: run test test-browser test-faults test-compose test-trackers test-vllm lint types tests docs clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -32,6 +32,10 @@ test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40
 
 test-compose: $(VENV)/installed  ## build, run and kill docker-compose.yml on a container engine; under 25 minutes
 	$(BIN)/pytest tests/containers -m compose -x -rs -o faulthandler_timeout=2500
+
+test-trackers: $(VENV)/installed  ## all experiment trackers; a minute, after installing 120 MB
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[wandb,trackio]'
+	$(BIN)/pytest tests/daemon/trackers -rs
 
 test-vllm: $(VENV)-vllm/installed  ## serve an export in vLLM on the CPU; ten minutes, after installing 4 GB
 	$(VENV)-vllm/bin/pytest tests/vllm -m vllm -rA -o faulthandler_timeout=2500

@@ -23,8 +23,10 @@ def modules_after_importing(module: str) -> set[str]:
 @pytest.mark.parametrize(
     "module", ["daemon.search.search", "daemon.launch.launch", "daemon.cli", "agents.mutator", "protocol.queue.streams"]
 )
-def test_the_daemons_side_never_loads_torch(module: str) -> None:
-    assert not {"torch", "transformers", "datasets", "gpu_worker"} & modules_after_importing(module)
+def test_the_daemons_side_loads_neither_torch_nor_trackers(module: str) -> None:
+    modules = modules_after_importing(module)
+    assert not {"torch", "transformers", "datasets", "gpu_worker"} & modules
+    assert not {"tensorboard", "mlflow", "wandb", "trackio"} & modules
 
 
 def test_the_agents_never_load_redis() -> None:

@@ -1,6 +1,5 @@
 """`selfpruner config`: show the settings of a file with all defaults, or their JSON schema."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,6 @@ from daemon.commands.output import print_json
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from protocol.errors import SettingsError
-from protocol.runtime.logs import Redaction
 
 
 def config(
@@ -25,5 +23,4 @@ def config(
     elif file is None:
         raise SettingsError("name a file of settings, or give --schema")
     else:
-        shown = load(file, set_ or []).model_dump_json()  # keys are masked; passwords in URLs are not
-        print_json(json.loads(Redaction(()).text(shown)))
+        print_json(load(file, set_ or []).shown())

@@ -36,6 +36,7 @@ from daemon.state.history import History, Memory
 from daemon.state.journal import EVALUATIONS, Journal
 from daemon.state.recovery import counters, recovered, saved_command
 from daemon.state.store import SearchStore
+from daemon.trackers.trackers import Trackers
 from protocol.errors import first_error
 from protocol.plans.profile import ModelProfile
 from protocol.queue.connection import connect
@@ -93,6 +94,9 @@ class Launch:
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
         self._access, self._announce = access, announce
         self._more_duties = more_duties
+        self._trackers = Trackers(
+            settings, lambda: self._search.state if self._search else None, lambda: self._usage.counters
+        )
         self._search: Search | None = None
 
     async def run(self) -> Summary | None:
@@ -115,7 +119,10 @@ class Launch:
                     await asyncio.to_thread(add_lesson, self._settings.llm.lessons, summary, shape)
             return summary
         finally:
-            await self._close()
+            try:
+                await self._trackers.end(finished=finished)
+            finally:
+                await self._close()
 
     async def _run_tasks(self) -> bool:
         finished = False
@@ -185,6 +192,7 @@ class Launch:
             watch_workers(self._store, self._workers_are_unusable),
             self._journal.keep_forever(),
             log_if_it_dies("observer_died", self._observer.run()),
+            self._trackers.run(),
             self._observer.heartbeat.run(),
             *(duty() for duty in self._more_duties),
         ]

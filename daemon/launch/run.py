@@ -25,6 +25,7 @@ from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
 from daemon.settings.target import check_text
 from daemon.state.journal import PROFILE
+from daemon.trackers.kinds import check_trackers
 from protocol.errors import SettingsError, UsageError
 from protocol.runtime import logs
 from protocol.runtime.paths import check_model
@@ -78,6 +79,7 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
     read_lessons(settings)
     if lacks_llm(settings):
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
+    check_trackers(settings)
     access = _configure_logs(settings, stream)
     announce = partial(_announce, access)
     launch = Launch(settings, redis_url, settings.llm.endpoints, embedded=False, access=access, announce=announce)
@@ -85,11 +87,12 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 
 
 def check_here(settings: Settings) -> None:
-    """Raise UsageError if the model, a text, a key, a transcript or the local LLM's file is missing."""
+    """Raise UsageError if the model, a text, a key, a transcript, a tracker or the local LLM's file is missing."""
     check_model(settings.target.model)  # now, rather than when the worker loads it
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
         check_text(source)  # now, rather than when the worker reads it
     secrets_of(settings)  # now, rather than when the folder of the search has been made
+    check_trackers(settings)
     read_replay(settings)
     read_lessons(settings)
     if lacks_llm(settings):

@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, SecretStr
 
@@ -90,8 +90,15 @@ class HttpSettings(Section):
             return False
 
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+
+
 class RunSettings(Section):
-    """Where searches are kept."""
+    """Where searches are kept, and the experiment trackers that they are sent to."""
 
     folder: Path = Path("runs")
     """The folder that holds a subfolder for each search: its log, its best rates and its evaluations."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Experiment trackers that get the curves, rates, settings and report of the search, any of `tensorboard`,
+    `mlflow`, `wandb` and `trackio`. Each is an extra of the same name, and writes into the search's folder unless its
+    own environment variables say otherwise."""

@@ -1,8 +1,9 @@
 """All settings, with their meanings, units and defaults; daemon/settings/sources.py reads them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import (
     BaseModel,
@@ -15,6 +16,7 @@ from daemon.settings.search import SearchSettings
 from daemon.settings.service import HttpSettings, RedisSettings, RunSettings, WorkerSettings
 from daemon.settings.target import DataSettings, TargetSettings, text_spec
 from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.runtime.logs import Redaction
 
 ENV_PREFIX = "SELFPRUNER_"
 
@@ -68,6 +70,11 @@ class Settings(BaseSettings):
 
     def _text(self, source: str, windows: int | None) -> TextSpec:
         return text_spec(source, windows, self.data.seqlen)
+
+    def shown(self) -> dict[str, Any]:
+        """Return all settings by section, as JSON has them: keys are masked, and so are passwords in URLs."""
+        shown: dict[str, Any] = json.loads(Redaction(()).text(self.model_dump_json(indent=1)))
+        return shown
 
     @property
     def folder(self) -> Path:

@@ -9,11 +9,14 @@ _SECRET = re.compile(r"(^|_)(api_?keys?|keys?|tokens?|password|passwd|secrets?|c
 _HUB = re.compile(r"(HF|HUGGING_?FACE)_", re.IGNORECASE)
 
 
-def child_environment(*, loads_models: bool = False) -> dict[str, str]:
-    """Return the environment without our settings and secrets. With `loads_models`, the hub's token is kept."""
+def child_environment(*, loads_models: bool = False, own: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the environment without our settings and secrets.
+
+    With `loads_models`, the hub's token is kept, and so is every variable whose name begins with one of `own`.
+    """
     return {
         name: value
         for name, value in os.environ.items()
         if not name.upper().startswith(SETTINGS_PREFIX)
-        and (not _SECRET.search(name) or (loads_models and _HUB.match(name)))
+        and (not _SECRET.search(name) or (loads_models and _HUB.match(name)) or name.upper().startswith(own))
     }

@@ -10,7 +10,7 @@ import pytest
 from tests.support.root import ROOT
 
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
-NAMED_ELSEWHERE = {"observer_died", "server_watch_died"}
+NAMED_ELSEWHERE = {"observer_died", "server_watch_died", "tracker_died"}
 """Given as an argument to what logs it."""
 
 

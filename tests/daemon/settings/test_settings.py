@@ -95,6 +95,14 @@ def test_a_mistake_gets_one_sentence_that_names_it(config: Path, override: str, 
     assert "\n" not in str(caught.value)
 
 
+def test_settings_are_shown_without_secrets_and_otherwise_as_they_are(config: Path) -> None:
+    overrides = ["redis.url=redis://u:password@h:6379", "http.token=0123456789abcdef", "run.folder=me@home"]
+    shown = load(config, [*overrides, endpoint(api_key="key-of-the-llm")]).shown()
+    assert (shown["redis"]["url"], shown["run"]["folder"]) == ("redis://u:***@h:6379", "me@home")
+    assert shown["llm"]["endpoints"][0]["api_key"] == shown["http"]["token"] == "**********"
+    assert load(config, ["redis.url=redis://h:6379", "run.folder=me@home"]).shown()["run"]["folder"] == "me@home"
+
+
 def test_tokens_that_are_too_few_for_the_first_population_are_refused_before_anything_is_started(config: Path) -> None:
     says = r"^search.max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\): raise it"
     with pytest.raises(SettingsError, match=says):
