@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gpu_worker.evaluation.sensitivity import beginnings
 from gpu_worker.models.families import Decoder, Layer
-from gpu_worker.models.limits import ROWS_PER_CHUNK, SENSITIVITY_TOKENS, SENSITIVITY_WINDOWS
+from gpu_worker.models.limits import ROWS_PER_CHUNK
 from gpu_worker.pruning.importance import LayerImportance
 from gpu_worker.pruning.layerwise import record_calls
 from gpu_worker.pruning.ordered_model import OrderedModel
@@ -45,7 +46,7 @@ def measure_features(
 
 def _block_influence(decoder: Decoder, text: Tensor) -> list[float]:
     """Return 1 − the mean cosine of each layer's input and output over tokens (Men et al., 2024, equation 1)."""
-    windows = text[:SENSITIVITY_WINDOWS, : max(2, SENSITIVITY_TOKENS // SENSITIVITY_WINDOWS)]
+    windows = beginnings(text)
     found = []
     with torch.inference_mode():
         hidden = decoder.embedding(windows.to(decoder.device))

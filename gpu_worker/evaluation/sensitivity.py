@@ -1,8 +1,8 @@
 """Sensitivity of each unit: the KL divergence from the dense model when only this unit is pruned.
 
 Perplexity is too noisy for this. Over a few hundred tokens, pruning a single unit usually changes perplexity by less
-than the noise, and half of the units seem harmless. The divergence compares whole distributions, so its error over the
-same tokens is only a few percent.
+than the noise, and half of the units seem harmless. The divergence compares whole distributions. It varies from window
+to window more than within a window, so it is measured on the beginnings of many windows.
 """
 
 import math
@@ -28,8 +28,8 @@ def measure_sensitivity(
 ) -> tuple[float, ...]:
     """Return KL(dense ‖ pruned) in nats per token for each unit, pruned alone by the spec's rate.
 
-    Measured on the beginnings of the first `SENSITIVITY_WINDOWS` windows of `text` (long, [n, seqlen]). If the head is
-    large beside the decoder layers, predictions are compared at every second token, or fewer (`_stride`). The dense
+    Measured on `beginnings` of `text` (long, [n, seqlen]). If the head is large beside the decoder layers, predictions
+    are compared at every second token, or fewer (`_stride`). The dense
     outputs of the layers below the pruned layer are reused; only the pruned layer and the layers above it are run. The
     model is made dense before, and is dense afterwards. Raises NotFiniteError if the dense model is broken. A unit
     whose pruning breaks the model gets log(vocabulary size), the largest possible divergence of a uniform prediction.
@@ -37,11 +37,18 @@ def measure_sensitivity(
     ordered.restore()
     shape = ordered.decoder.shape
     with torch.inference_mode():
-        run = _DenseRun.of(
-            ordered.decoder, text[:SENSITIVITY_WINDOWS, : max(2, SENSITIVITY_TOKENS // SENSITIVITY_WINDOWS)]
-        )
+        run = _DenseRun.of(ordered.decoder, beginnings(text))
         units = steps(progress, "measuring sensitivity", shape.units(spec.granularity))
         return tuple(_harm(ordered, run, unit, single_unit_plan(unit, spec, shape)) for unit in units)
+
+
+def beginnings(text: Tensor) -> Tensor:
+    """Return the first tokens of windows of `text` (long, [n, seqlen]): SENSITIVITY_TOKENS in all, if there are enough.
+
+    At most SENSITIVITY_WINDOWS windows are used. Of fewer windows, longer beginnings are used.
+    """
+    windows = text[:SENSITIVITY_WINDOWS]
+    return windows[:, : max(2, SENSITIVITY_TOKENS // len(windows))]
 
 
 def _harm(ordered: OrderedModel, run: "_DenseRun", unit: Unit, plan: LayerPlan) -> float:

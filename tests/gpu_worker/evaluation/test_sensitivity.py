@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpu_worker.evaluation import sensitivity
-from gpu_worker.evaluation.sensitivity import measure_sensitivity
+from gpu_worker.evaluation.sensitivity import beginnings, measure_sensitivity
 from gpu_worker.measuring.divergence import dense_predictions, divergence
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
@@ -39,6 +39,14 @@ def test_each_figure_is_the_divergence_when_that_unit_alone_is_pruned(
         ordered.restore()
     assert measure_sensitivity(ordered, spec, windows) == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert min(expected) > 0
+
+
+@pytest.mark.parametrize(
+    ("windows", "seqlen", "used"), [(64, 256, (16, 64)), (4, 2048, (4, 256)), (2, 24, (2, 24)), (3000, 1, (16, 1))]
+)
+def test_as_many_tokens_are_used_of_few_windows_as_of_many(windows: int, seqlen: int, used: tuple[int, int]) -> None:
+    text = torch.arange(windows * seqlen).reshape(windows, seqlen)
+    assert beginnings(text).shape == used and torch.equal(beginnings(text)[:, 0], text[: used[0], 0])
 
 
 def test_a_large_head_is_used_at_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
