@@ -64,30 +64,38 @@ def open_access(settings: HttpSettings, folder: Path) -> Access:
 
 
 @contextmanager
-def page_file(access: Access, url: str, folder: Path) -> Iterator[None]:
+def page_file(access: Access | None, url: str | None, folder: Path) -> Iterator[None]:
     """Keep a file in the search's folder, while the block runs, that leads a browser to the page at `url`.
+
+    Without a page (`access` or `url` is None), remove the file of an earlier process, which would lead nowhere.
 
     A browser is started with the name of this file, not with the address and its token, because every user of a
     machine can list the command lines of all processes. Only the owner can read the file. Jupyter does the same. If
-    this process is killed, the file remains, and says no more than the file of the token beside it. A file in the
-    folder for temporary files would not do: browsers installed by Snap or Flatpak cannot read it.
+    this process is killed, the file remains, and contains nothing that `http-token` does not. A file in the folder for
+    temporary files does not work: browsers installed by Snap or Flatpak cannot read it.
     """
     file = folder / PAGE_FILE
+    text = REDIRECT.format(address=escape(access.address(url))) if access and url else None
     with contextlib.suppress(OSError):  # a full disk must not end the search
-        write_atomically(file, REDIRECT.format(address=escape(access.address(url))), mode=TOKEN_MODE)
+        if text is None:
+            file.unlink()
+        else:
+            write_atomically(file, text, mode=TOKEN_MODE)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            file.unlink()
+            if file.is_file() and file.read_text(errors="replace") == text:  # not that of a process that replaced us
+                file.unlink()
 
 
 def kept_address(folder: Path) -> str | None:
     """Return the address that the page file in `folder` leads to; None if there is no such file."""
-    with contextlib.suppress(FileNotFoundError):
-        found = re.search('href="([^"]+)"', (folder / PAGE_FILE).read_text(encoding="utf-8"))
-        return unescape(found[1]) if found else None
-    return None
+    file = folder / PAGE_FILE
+    if not file.is_file():
+        return None
+    found = re.search('href="([^"]+)"', file.read_text(encoding="utf-8", errors="replace"))
+    return unescape(found[1]) if found else None
 
 
 def _read_given(path: Path) -> SecretStr:

@@ -140,10 +140,11 @@ class Launch:
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
-            await self._serve(stack)
+            url = await self._serve(stack)
             # Import this before taking charge. From a cold disk it may take longer than a heartbeat lasts.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
+            stack.enter_context(page_file(self._access, url, self._settings.folder))
             # Renew the heartbeat meanwhile, because reading a long history takes longer than a heartbeat lasts.
             alive = group.create_task(self._store.show_life())
             history = await self._recovered(queue, await self._store.history())
@@ -245,13 +246,12 @@ class Launch:
                     await self._usage.save()
                     await self._observer.look()
 
-    async def _serve(self, stack: AsyncExitStack) -> None:
-        """Serve the HTTP API until the stack is closed. Raises UsageError if it cannot listen."""
+    async def _serve(self, stack: AsyncExitStack) -> str | None:
+        """Serve the HTTP API until the stack is closed; return its URL. Raises UsageError if it cannot listen."""
         if self._api is None or self._access is None:
-            return
+            return None
         try:
             url = await stack.enter_async_context(self._api.serving())
-            stack.enter_context(page_file(self._access, url, self._settings.folder))
             self._announce(url)
         except CannotListen:
             # If another daemon of this search listens there, raise SearchExistsError instead.
@@ -259,6 +259,7 @@ class Launch:
                 async with asyncio.timeout(5):
                     await self._store.wait_for_silence()
             raise
+        return url
 
     async def _recovered(self, queue: CandidateQueue, history: History) -> History:
         """Return the search's history, after restoring lost data from the folder's copy."""

@@ -118,7 +118,8 @@ def draw_population(record: SearchRecord) -> Drawing:
     if not members:
         canvas.text(LEFT, 60, "no candidate has been measured yet")
         return canvas.drawing()
-    highest = max(max(member.candidate.rates) for member in members) or 1.0
+    # A few high rates must not make all others look alike: they have the colour of the highest but a fiftieth.
+    highest = _quantile([rate for member in members for rate in member.candidate.rates], 0.98) or 1.0
     kinds = sorted({unit.kind for unit in units})
     gap = 12.0
     width = (WIDTH - LEFT - 110 - gap * (len(kinds) - 1)) / len(units)
@@ -132,7 +133,7 @@ def draw_population(record: SearchRecord) -> Drawing:
     for rank, member in enumerate(members):
         height = top + rank * row
         for i, rate in enumerate(member.candidate.rates):
-            cells[shade(rate / highest)].append((places[i], height))
+            cells[shade(min(1.0, rate / highest))].append((places[i], height))
         assert isinstance(member.outcome, Measured), "members are measured"
         if rank % 5 == 0:
             canvas.text(LEFT - 6, height + row - 2, f"{rank + 1}", anchor="end", size=10)
@@ -144,7 +145,7 @@ def draw_population(record: SearchRecord) -> Drawing:
     for i in range(SHADES):
         canvas.bar(LEFT + i * 3.6, below, 3.7, 10, shade(i / (SHADES - 1)))
     canvas.text(LEFT - 6, below + 9, "0 %", anchor="end", size=10)
-    canvas.text(LEFT + 156, below + 9, f"{highest:.0%} removed", size=10)
+    canvas.text(LEFT + 156, below + 9, f"{highest:.0%} removed, or more", size=10)
     return canvas.drawing()
 
 
@@ -177,7 +178,7 @@ def _draw_panel(
         if unit.layer % (5 if len(units) > 12 else 1) == 0:
             canvas.text(at + step * 0.38, zero + 84, str(unit.layer), anchor="middle")
     canvas.line(LEFT, up(target), right, up(target), INK, dashes="5 4")
-    canvas.text(right + 6, up(target) + 4, f"mean {target:.0%}")
+    canvas.text(right + 6, up(target) + 4, f"target {target:.0%}")
     canvas.line(LEFT, zero, right, zero)
     if sensitivity:
         canvas.text(right + 6, zero + 24, "sensitivity", colour=RED)

@@ -13,6 +13,8 @@ from typing import Any
 from daemon.monitor.events import Event
 
 KEPT = 1000
+AT_ONCE = 100
+"""Events that a reader gets together, so that slow readers do not each hold the whole log as text."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class EventLog:
         return Reader(self, self._position(last_id))
 
     async def next(self, position: int) -> tuple[int, list[NumberedEvent]] | None:
-        """Wait for events from `position` on, and return the next position and all the events that there are.
+        """Wait for events from `position` on, and return the next position and up to AT_ONCE events.
 
         Returns None at the end of a closed log.
         """
@@ -86,7 +88,9 @@ class EventLog:
         if position < first_kept:
             missed = {"event": "events_missed", "count": first_kept - position}
             return first_kept, [NumberedEvent(self._id(first_kept), missed)]
-        return self._count, list(islice(self._events, position - first_kept, None))
+        begin = position - first_kept
+        events = list(islice(self._events, begin, begin + AT_ONCE))
+        return position + len(events), events
 
     def _wake(self) -> None:
         # Wake the current readers. Readers that come later wait on the new asyncio.Event.

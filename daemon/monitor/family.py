@@ -1,5 +1,6 @@
 """Where a candidate comes from: its ancestors, and what it changed against each parent."""
 
+from collections import deque
 from typing import Any
 
 from agents.population.population import Population
@@ -17,31 +18,38 @@ LEAST_CHANGE = 0.0005
 def family_of(
     id_: str, units: tuple[Unit, ...], ledger: dict[str, Candidate], population: Population
 ) -> dict[str, Any]:
-    """Return the candidate's fitness, agent and parents, the same of each parent, and so on, as JSON has it.
+    """Return the candidate's fitness, agent and parents, the same of each parent, and so on, as JSON values.
 
     `changes` of the candidate itself list, for each parent, the units whose rates differ, with both rates. An ancestor
-    that has been shown already is shown again without its own parents, so that the tree stays small.
+    on several lines has its own parents only where it is nearest to the candidate, so that the tree stays small.
     """
     candidate = ledger[id_]
     parents = [ledger[parent] for parent in candidate.provenance.parents if parent in ledger]
-    tree = _tree(id_, ledger, population, GENERATIONS, set())
-    return tree | {"changes": [_changes(parent, candidate, units) for parent in parents]}
+    root = _member(id_, ledger, population)
+    followed, waiting = {id_}, deque([(root, 0)])
+    while waiting:  # the nearest ancestors first
+        member, generation = waiting.popleft()
+        known = ledger.get(member["id"])
+        for parent in known.provenance.parents if known else ():
+            child = _member(parent, ledger, population)
+            member["parents"].append(child)
+            if parent not in followed and generation + 1 < GENERATIONS:
+                followed.add(parent)
+                waiting.append((child, generation + 1))
+    return root | {"changes": [_changes(parent, candidate, units) for parent in parents]}
 
 
-def _tree(
-    id_: str, ledger: dict[str, Candidate], population: Population, generations: int, shown: set[str]
-) -> dict[str, Any]:
+def _member(id_: str, ledger: dict[str, Candidate], population: Population) -> dict[str, Any]:
     candidate, evaluation = ledger.get(id_), population.get(id_)
     outcome = evaluation.outcome if evaluation else None
-    parents = candidate.provenance.parents if candidate and generations and id_ not in shown else ()
-    shown.add(id_)
     return {
         "id": id_,
         "agent": candidate.provenance.agent if candidate else None,
         "source": candidate.provenance.source if candidate else None,
+        "endpoint": candidate.provenance.endpoint if candidate else None,
         "round": candidate.provenance.round if candidate else None,
         "fitness": outcome.fitness if isinstance(outcome, Measured) else None,
-        "parents": [_tree(parent, ledger, population, generations - 1, shown) for parent in parents],
+        "parents": [],
     }
 
 

@@ -1,11 +1,11 @@
-"""One glance at a search on a terminal: how far the best has come, and what it removes where, as rows of bars."""
+"""One glance at a search on a terminal: the progress of the best candidate, and what it removes where, as bars."""
 
 import math
 from collections.abc import Iterator, Sequence
 from statistics import mean
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
@@ -13,14 +13,16 @@ from agents.population.population import Population
 from daemon.search.figures import uniform_outcome
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import BlockKind
-from protocol.plans.spec import Measure, SearchSpec
+from protocol.plans.spec import FIGURE_DIGITS, Measure, SearchSpec
 
 BLOCKS, DIGITS = "·▁▂▃▄▅▆▇█", ".12345678"
 """Marks of a bar's height: of a unit that is kept whole, then from the lowest to the highest."""
 LABEL, FIGURES = 20, 16
 """Columns of the names on the left, and of the figures on the right."""
+WIDEST = 100
+"""Columns of the drawing, at most: a file has no width of its own."""
 KINDS: dict[BlockKind, str] = {"layer": "layers", "attention": "attention", "mlp": "MLP"}
-AGREEMENT = "sensitive: harm if it alone is pruned. Tall here and short above: they agree"
+AGREEMENT = "sensitive: harm if this one alone is pruned; such units should be pruned little"
 Improvements = Sequence[tuple[int, float]]
 """Number of evaluations and the best fitness after them, at each improvement."""
 
@@ -42,9 +44,9 @@ class Glance(BaseModel):
     """Fitness of uniform pruning, by which the others are divided; None if it was not measured."""
     evaluations: int
     """Proposed candidates with an outcome."""
-    improvements: tuple[tuple[int, float], ...]
+    improvements: tuple[tuple[int, float], ...] = Field(min_length=1)
     """For each new best, the number of evaluations until then, and its fitness."""
-    rates: dict[BlockKind, tuple[float, ...]]
+    rates: dict[BlockKind, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(min_length=1)
     """The best candidate's pruning rates by depth, for layers, or for attention and MLP apart."""
     sensitivity: dict[BlockKind, tuple[float, ...]]
     """Sensitivities of the same units; empty if they were not measured."""
@@ -113,12 +115,14 @@ class Glance(BaseModel):
         bars = _bars(known, last if last < max(known) else 0.0, max(known), marks)
         yield Line(f"{name:<{LABEL}}{bars:>{columns}}", "green")
         gain = "; below 1 is a gain" if self.uniform else ""
-        words = f"{first / unit:.3f} at first, {last / unit:.3f} after {self.evaluations:,} tried{gain}"
+        digits = 3 if self.uniform else FIGURE_DIGITS[self.measure]
+        ends_at = f"{last / unit:.{digits}f} after {self.evaluations:,} evaluations"
+        words = f"{first / unit:.{digits}f} at first, {ends_at}{gain}"
         yield Line(f"{'':<{LABEL}}{words}")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the lines; none is wrapped, and a terminal without block characters gets digits."""
-        for line in self.lines(options.max_width, DIGITS if options.ascii_only else BLOCKS):
+        for line in self.lines(min(options.max_width, WIDEST), DIGITS if options.ascii_only else BLOCKS):
             yield Text(line.text, line.style, no_wrap=True, overflow="crop")
 
 

@@ -5,6 +5,7 @@ Redis, for `selfpruner status` and `watch`. In the folder it writes status.json,
 """
 
 import asyncio
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,14 +124,17 @@ class Observer:
     def count_question(self, record: Mapping[str, object]) -> None:
         """Count one line of the transcript. Its label begins with the agent, and ends with the number of the attempt.
 
-        A line of one endpoint without an answer is not counted: the next endpoint is asked the same question.
+        Not counted is a line of one endpoint without an answer, because the next endpoint is asked the same question,
+        and a question that was not sent, because the LLM budget is used up. Drafts have negative numbers, and count as
+        questions.
         """
-        agent, _, rest = str(record.get("label", "")).partition(" ")
-        if record.get("text") is None and record.get("endpoint") is not None:
+        agent, _, attempt = str(record.get("label", "")).partition(" ")
+        is_unanswered = record.get("text") is None
+        if is_unanswered and (record.get("endpoint") or (self.chat and self.chat.state.degraded == "budget")):
             return
         counts = self._questions[agent]
-        counts["asked_again" if not rest.endswith(" attempt 0") else "asked"] += 1
-        counts["unanswered"] += record.get("text") is None
+        counts["asked_again" if re.search(r" attempt [1-9]\d*$", attempt) else "asked"] += 1
+        counts["unanswered"] += is_unanswered
 
     async def run(self) -> None:
         """Observe twice a second until cancelled."""

@@ -29,6 +29,9 @@ CHARTS: dict[str, Callable[[SearchRecord], Drawing]] = {
     "population": draw_population,
 }
 """The charts of one search by their names."""
+NEARLY_WHOLE = 0.05
+"""Pruning rate below which a unit counts as kept."""
+UNITS_NAMED = 20
 BEST_SHOWN = 20
 """Candidates in the table of the best ones."""
 
@@ -74,6 +77,7 @@ def overview(record: SearchRecord) -> dict[str, Any]:
         "model": spec.model,
         "rate": f"{spec.rate:.0%}",
         "verdict": _verdict(record),
+        "kept": _kept(record),
         "columns": [column.title for column in columns_of(summary)],
         "lines": [asdict(line) for line in lines_of(summary)],
         "measure": MEASURE_NAMES[spec.measure],
@@ -102,9 +106,34 @@ def _verdict(record: SearchRecord) -> str:
     said = f"{state} after {count} candidates: {MEASURE_NAMES[record.spec.measure]} {_figure(record, best)}"
     if uniform:
         said += f", {best / uniform:.3f} times that of uniform pruning with the same number of parameters"
+    allocation = None if summary.best_allocation is None else of(summary.best_allocation)
+    if allocation:
+        said += f", and {best / allocation:.3f} times that of the best allocation without a search"
     if summary.improved is False:
         said += "; the search has gained nothing" if record.spec.report is None else "; no gain on the report text"
     return said
+
+
+def _kept(record: SearchRecord) -> str:
+    """Return which units the best candidate keeps nearly whole, and which of them the model itself is sensitive to."""
+    best, sensitivity = record.population.best(), record.profile.sensitivity
+    if best is None:
+        return ""
+    names = [unit.name for unit in record.profile.shape.units(record.spec.granularity)]
+    kept = [i for i, rate in enumerate(best.candidate.rates) if rate < NEARLY_WHOLE]
+    if not kept:
+        return f"Of every unit, {NEARLY_WHOLE:.0%} or more is removed."
+    said = f"Kept nearly whole (less than {NEARLY_WHOLE:.0%} removed): {_listed([names[i] for i in kept])}."
+    most = set(sorted(range(len(sensitivity)), key=lambda i: -sensitivity[i])[: len(names) // 5])
+    agreed = [names[i] for i in kept if i in most]
+    if most:
+        said += f" Of these, in the most sensitive fifth of all units: {_listed(agreed) if agreed else 'none'}."
+    return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - UNITS_NAMED
+    return ", ".join(names[:UNITS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _agents(record: SearchRecord) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class QuestionCounts(_Value):
 
     asked: int = 0
     asked_again: int = 0
-    """How often a question was asked again, because its answer could not be used. Not in `asked`."""
+    """How often a question was repeated, because its answer could not be used. Not in `asked`."""
     unanswered: int = 0
     """How often no endpoint answered."""
 

@@ -73,7 +73,9 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, Any]:
         """Return all settings by section, as JSON has them: keys are masked, and so are passwords in URLs."""
-        shown: dict[str, Any] = json.loads(Redaction(()).text(self.model_dump_json(indent=1)))
+        # Not model_dump_json, which raises an error for paths that are not UTF-8. Other values become text.
+        text = json.dumps(self.model_dump(), default=str, ensure_ascii=False, indent=1)
+        shown: dict[str, Any] = json.loads(Redaction(()).text(text.encode("utf-8", "replace").decode()))
         return shown
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from daemon.settings.packages import need
 from daemon.settings.service import TrackerName
 from daemon.settings.settings import Settings
+from protocol.errors import SettingsError
 from protocol.runtime.environment import child_environment
 
 
@@ -28,7 +29,14 @@ KINDS: dict[TrackerName, Kind] = {
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raise SettingsError if a chosen tracker is not installed."""
+    """Raise SettingsError if a chosen tracker is not installed, or if its data cannot lie in the search's folder."""
+    if "mlflow" in settings.run.trackers and "MLFLOW_TRACKING_URI" not in os.environ:
+        place = str(settings.folder.absolute())
+        if odd := [character for character in "?#%" if character in place]:
+            raise SettingsError(
+                f"MLflow cannot keep its database in {place!r}, because of the {odd[0]!r}: choose another "
+                "run.folder, or set MLFLOW_TRACKING_URI"
+            )
     for name in settings.run.trackers:
         for package in KINDS[name].packages:
             need(package, name, f"the tracker {name} (run.trackers)")

@@ -11,7 +11,7 @@ FILE = "run.json"
 
 
 class Note(Value):
-    """The id that the tracker knows the run by, and the last step that it was given, if the tracker cannot tell."""
+    """The id that the tracker knows the run by, and the last step sent, for trackers that cannot report it."""
 
     id: str
     last_step: int = 0

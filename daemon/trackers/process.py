@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from protocol.plans.value import Value
+from protocol.runtime.logs import Redaction
 
 LAST_SECONDS = 10
 """Seconds that a process has left when its daemon has died."""
+LONGEST_ERROR = 1000
+"""Characters of an error that the daemon is told. More might not fit into the pipe, which is read only at the end."""
 
 
 class Start(Value):
@@ -54,7 +57,7 @@ class Tracker(Protocol):
         ...
 
     def end(self, end: End) -> None:
-        """Add the report and close the run. A later process may go on with it."""
+        """Add the report and close the run. A later process may continue it."""
         ...
 
 
@@ -68,9 +71,9 @@ def main() -> None:
         begin = importlib.import_module(f"daemon.trackers.{name}").begin
         _write(begin, folder)
     except Exception as error:  # noqa: BLE001  (this process has no other purpose, and the daemon logs the sentence)
-        traceback.print_exc()
+        sys.stderr.write(Redaction(()).text(traceback.format_exc()))
         sys.stderr.flush()
-        errors.write(" ".join(f"{type(error).__name__}: {error}".split()))
+        errors.write(" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR])
         errors.close()
         _exit(1)
     _exit(0)

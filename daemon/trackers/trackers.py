@@ -25,6 +25,8 @@ SEND_SECONDS = 1.0
 END_SECONDS = 10.0
 """Seconds that trackers have at the end of a search. Those that take longer are killed."""
 
+KILL_SECONDS = 2.0
+
 log = structlog.get_logger()
 
 
@@ -35,10 +37,9 @@ class Trackers:
         self, settings: Settings, state: Callable[[], SearchState | None], counters: Callable[[], Mapping[str, float]]
     ) -> None:
         self._folder = settings.folder.absolute()
-        start = Start(search=settings.search.name, settings=settings.shown())
-        self._feeds = [
-            Feed(name, self._folder, start, state, counters) for name in dict.fromkeys(settings.run.trackers)
-        ]
+        names = dict.fromkeys(settings.run.trackers)
+        start = Start(search=settings.search.name, settings=settings.shown() if names else {})
+        self._feeds = [Feed(name, self._folder, start, state, counters) for name in names]
 
     async def run(self) -> None:
         """Start the processes, and send every second what is new, until cancelled."""
@@ -54,7 +55,7 @@ class Trackers:
 class Feed:
     """Sends a search to the process of one tracker, as fast as that reads. After an error, it sends nothing more.
 
-    The history of the search is the queue: whatever the process has not read yet is in no other memory but its pipe.
+    The history of the search is the queue: points that the process has not read are only in the pipe.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Feed:
 
     @contextlib.asynccontextmanager
     async def _logging_errors(self) -> AsyncIterator[None]:
-        """Log an error of the tracker, and leave the tracker off from now on."""
+        """Log an error of the tracker, and send nothing more to it."""
         try:
             yield
         except (TrackerError, OSError) as error:  # a TimeoutError is an OSError
@@ -149,15 +150,20 @@ class TrackerError(Exception):
 
 
 async def _error(process: asyncio.subprocess.Process) -> TrackerError:
-    """Wait for the end of a process, and return its error in its own words, if it has left any."""
+    """Wait for the end of a process, and return the error that it printed, else its exit status."""
     assert process.stdout is not None, "it is a pipe"
     says = (await process.stdout.read()).decode(errors="replace").strip()
     return TrackerError(says or f"its process has ended with status {await process.wait()}")
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    """Kill a process with all that it has started, unless it has ended."""
+    """Kill a process and its process group, unless it has ended.
+
+    Wait for its end only for a moment: while its stdout is open in another process, it seems to go on.
+    """
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KILL_SECONDS):
+                await process.wait()

@@ -1,5 +1,6 @@
 """Trackio: a run in an SQLite file in the search's folder, or in TRACKIO_DIR or the Space TRACKIO_SPACE_ID."""
 
+import secrets
 from pathlib import Path
 
 import trackio
@@ -14,16 +15,18 @@ class TrackioRun:
     """One run, which is reopened after a restart."""
 
     def __init__(self, folder: Path, start: Start) -> None:
+        note = Note.read(folder) or Note(id=secrets.token_hex(4))
+        note.write(folder)
         self._run = trackio.init(
             project=PROJECT,
-            name=start.search,
-            resume="allow" if Note.read(folder) else "never",
+            # Trackio knows runs by their names, and several searches may have the same one.
+            name=f"{start.search}-{note.id}",
+            resume="allow",
             config=start.settings,
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        Note(id=self._run.id).write(folder)
         self.last_step = self._run._next_step - 1
 
     def log(self, step: int, values: dict[str, float]) -> None:

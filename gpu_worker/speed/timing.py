@@ -6,6 +6,7 @@ medians. The speed-up is the median of these ratios.
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,8 +88,8 @@ def measured_batches(
                 timings.append(both)  # noqa: PERF402  (what was measured before an interruption must be kept)
         except Interrupted as end:
             interruption = end
-        if timings:
-            found.append(compare(batch_size, timings))
+        with suppress(UsageError) if interruption else nullcontext():  # the interruption counts, not times too short
+            found += [compare(batch_size, timings)] if timings else []
         if interruption:
             break
     return tuple(found), interruption

@@ -310,8 +310,7 @@ class Worker:
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._set_status(stage="evaluating")
         with structlog.contextvars.bound_contextvars(candidate=job.candidate.id):
-            with self._busy():
-                outcome = await self._outcome(child, job)
+            outcome = await self._outcome(child, job)
             if outcome is not None:
                 first = await self._queue.commit(job, outcome)
                 fields = outcome_fields(job.candidate, outcome) | outcome.model_dump(include={"tokens", "seconds"})
@@ -361,7 +360,8 @@ class Worker:
         if not child.alive:
             await self._prepare(child, child.spec)
             self._set_status(stage="evaluating")
-        return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
+        with self._busy():
+            return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
     def _status_now(self) -> str:
         """Return the status as the value of the worker's key."""

@@ -27,6 +27,7 @@ _SHARED: list[Processor] = [
 """Processors for our own lines and for the lines of libraries."""
 _SECRET_NAME = re.compile(r"(api_?key|authorization|token$|password|secret)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/]+@")
+_URL_QUERY = re.compile(r"([?&](?:api[-_]?key|key|(?:access_)?token|password|secret|sig(?:nature)?)=)[^\s&\"']+", re.I)
 
 
 _DEEPEST = 20
@@ -36,8 +37,8 @@ _DEEPEST = 20
 class Redaction:
     """A processor that makes an event valid JSON and hides its secrets.
 
-    Secrets are recognised by field name, by configured value, and as passwords in URLs. Objects and numbers that JSON
-    cannot represent (NaN) are converted to text first, so that they neither break a line nor reveal a secret.
+    Secrets are recognised by field name, by configured value, and as passwords and keys in URLs. Objects and numbers
+    that JSON cannot represent (NaN) are converted to text first, so that they neither break a line nor reveal a secret.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
@@ -52,6 +53,7 @@ class Redaction:
         """Return `text` without its secrets, encodable as UTF-8."""
         for secret in self._secrets:
             text = text.replace(secret, HIDDEN)
+        text = _URL_QUERY.sub(rf"\1{HIDDEN}", text)
         return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text).encode("utf-8", "backslashreplace").decode()
 
     def _field(self, name: str, value: Any, depth: int) -> Any:

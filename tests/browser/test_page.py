@@ -105,7 +105,7 @@ async def test_a_candidate_and_its_parents_are_opened(page: Page, it: Observed) 
     await picture(page, "candidate")
     parent = offspring.candidate.provenance.parents[0]
     changes = await page.inner_text("#candidate-family")
-    assert "Changed against its parent" in changes and "→" in changes and "Ancestors" in changes
+    assert "Share removed, against its parent" in changes and "→" in changes and "Ancestors" in changes
     assert (await Axe().run(page)).violations_count == 0
     await page.click(f"#candidate-family li button:text('{parent}')")
     await shows(page, "#candidate-title", lambda text: parent in text)

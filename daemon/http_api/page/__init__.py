@@ -10,6 +10,7 @@ from importlib.resources import files
 
 from aiohttp import web
 
+from daemon.monitor.event_log import strict_json
 from daemon.monitor.family import family_of
 from daemon.monitor.observer import Observer
 from daemon.monitor.record import SearchRecord
@@ -114,7 +115,8 @@ class Page:
         if search is None:
             raise web.HTTPServiceUnavailable(text="the model has not been measured yet")
         units = search.state.profile.shape.units(search.state.spec.granularity)
-        return web.json_response(family_of(candidate.id, units, self._observer.ledger, self._observer.population))
+        family = family_of(candidate.id, units, self._observer.ledger, self._observer.population)
+        return web.Response(text=strict_json(family), content_type="application/json")
 
     async def _questions(self, request: web.Request) -> web.Response:
         """Reply with the questions to the LLM, and its answers, that led to a candidate, the last ones at the end."""
@@ -133,10 +135,17 @@ class Page:
 
 
 def seconds_left(record: SearchRecord, planned: int) -> float | None:
-    """Return how long the evaluations take that are left, by the last ones; None if that is not known."""
+    """Return how long the evaluations that are left take, by the last ones and by how busy the workers have been.
+
+    None if that is not known.
+    """
     recent = [e.outcome.seconds for e in record.population.newest(RECENT) if isinstance(e.outcome, Measured)]
-    workers = len(record.status.workers) if record.status else 0
+    workers = [
+        each for each in (record.status.workers if record.status else ()) if each.stage in ("idle", "evaluating")
+    ]
     if not recent or not workers:
         return None
     left = max(0, planned - len(record.proposals))
-    return left * statistics.median(recent) / workers
+    ready = sum(each.ready_seconds for each in workers)
+    busy = sum(each.busy_seconds for each in workers) / ready if ready else 0.0
+    return left * statistics.median(recent) / len(workers) / (busy or 1.0)

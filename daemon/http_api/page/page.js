@@ -14,6 +14,9 @@ let status = null;
 let overview = null;
 let followed = 0;
 let lastLook = Infinity;
+let shownCandidate = null;
+
+const SOURCES = { llm: "by the LLM", classical: "by an optimiser", fallback: "by the fallback", allocation: "allocation" };
 
 class Refused extends Error {}
 
@@ -74,6 +77,12 @@ function duration(seconds) {
   return `${(seconds / 3600).toFixed(1)} h`;
 }
 
+function endsAt(seconds) {
+  const end = new Date(Date.now() + 1000 * seconds);
+  const day = seconds < 43200 ? "" : `${end.toLocaleDateString("en", { weekday: "short" })} `;
+  return `${day}${String(end.getHours()).padStart(2, "0")}:${String(end.getMinutes()).padStart(2, "0")} (in ${duration(seconds)})`;
+}
+
 function state() {
   if (status.redis !== "answers") return "Redis does not answer";
   if (status.finished) return "finished";
@@ -84,7 +93,7 @@ function state() {
 
 function showStatus() {
   document.title = `${status.search}: ${state()}`;
-  byId("name").textContent = `${status.search}: ${status.model}, ${Math.round(status.rate * 100)} % removed`;
+  byId("name").textContent = `${status.search}: ${status.model}, ${Math.round(status.rate * 100)} % of the decoder's parameters removed`;
   byId("pause").textContent = status.control === "pause" ? "Resume" : "Pause";
   byId("pause").disabled = byId("stop").disabled = status.finished;
   const best = status.best_to_uniform;
@@ -92,28 +101,29 @@ function showStatus() {
     ["state", state()],
     ["best ÷ uniform", best === null ? "–" : best.toFixed(3)],
     ["measured", overview ? `${status.measured} of ${overview.planned}` : status.measured],
-    ["measuring left", status.finished || !overview || overview.seconds_left === null ? "–" : duration(overview.seconds_left)],
+    ["ends about", status.finished || !overview || overview.seconds_left === null ? "–" : endsAt(overview.seconds_left)],
     ["failed", status.failed],
     ["stopped early", status.stopped],
     ["round", status.round],
-    ["waiting", status.waiting],
+    ["in the queue", status.waiting],
     ["LLM tokens", (status.tokens.prompt + status.tokens.completion).toLocaleString("en")],
     ["cost", status.cost ? status.cost.toFixed(2) : "–"],
-    ["time", duration(status.seconds)],
+    ["running for", duration(status.seconds)],
   ]);
   table("workers", [
     ["worker", (each) => each.consumer, true],
     ["state", (each) => each.stage, true],
-    ["done", (each) => (each.total ? `${each.done} of ${each.total}` : "–")],
+    ["step", (each) => (each.total ? `${each.done} of ${each.total}` : "–")],
     ["measured", (each) => each.measured],
-    ["per hour", (each) => (each.ready_seconds ? ((3600 * each.measured) / each.ready_seconds).toFixed(0) : "–")],
-    ["busy", (each) => (each.ready_seconds ? `${Math.round((100 * each.busy_seconds) / each.ready_seconds)} %` : "–")],
-    ["said", (each) => each.detail || "", true],
+    ["per hour", (each) => (each.ready_seconds >= 60 ? ((3600 * each.measured) / each.ready_seconds).toFixed(0) : "–")],
+    ["busy", (each) => (each.ready_seconds >= 60 ? `${Math.round((100 * each.busy_seconds) / each.ready_seconds)} %` : "–")],
+    ["detail", (each) => each.detail || "", true],
   ], status.workers);
 }
 
 function showOverview(found) {
   byId("verdict").textContent = found.verdict;
+  byId("kept").textContent = found.kept;
   byId("export").textContent = found.best.length ? `selfpruner export --search ${found.name} --format hf --out DIR` : "";
   const figures = found.columns.map((title, i) => [title, (line) => line.figures[i]]);
   table("figures", [
@@ -124,7 +134,7 @@ function showOverview(found) {
   ], found.lines);
   table("agents", [
     ["agent", (row) => row.agent, true],
-    ["candidates", (row) => row.source, true],
+    ["made", (row) => row.source, true],
     ["endpoint", (row) => row.endpoint, true],
     ["measured", (row) => row.measured],
     ["failed", (row) => row.failed],
@@ -142,12 +152,11 @@ function showOverview(found) {
     ["cost", ([, each]) => (each.cost ? each.cost.toFixed(4) : "–")],
     ["candidates measured", ([, each]) => each.measured],
     ["new best", ([, each]) => each.improved],
-    ["cost of each new best", ([, each]) => (each.cost && each.improved ? (each.cost / each.improved).toFixed(4) : "–")],
   ], Object.entries(found.endpoints));
   table("questions", [
     ["agent", ([name]) => name, true],
     ["questions", ([, each]) => each.asked],
-    ["asked again (unusable answer)", ([, each]) => each.asked_again],
+    ["repeated (unusable answer)", ([, each]) => each.asked_again],
     ["not answered", ([, each]) => each.unanswered],
   ], Object.entries(found.questions));
   table("best", [
@@ -155,7 +164,7 @@ function showOverview(found) {
     [found.measure, (row) => row.fitness],
     ...(found.measure === "perplexity" ? [] : [["perplexity", (row) => row.perplexity]]),
     ["agent", (row) => row.agent, true],
-    ["candidates", (row) => row.source, true],
+    ["made", (row) => [row.source, row.endpoint].filter(Boolean).join(", "), true],
     ["round", (row) => row.round],
   ], found.best.slice(0, 10));
 }
@@ -192,7 +201,7 @@ async function openCandidate(id) {
       ["perplexity", outcome.perplexity?.toFixed(2)],
       ["KL divergence", outcome.kl?.toFixed(4)],
       ["agent", found.agent],
-      ["source", found.source],
+      ["made", SOURCES[found.source] || found.source],
       ["endpoint", found.endpoint],
       ["round", found.round],
     ]);
@@ -200,8 +209,12 @@ async function openCandidate(id) {
     byId("candidate-family").replaceChildren();
     byId("candidate-questions").replaceChildren();
     if (!byId("candidate").open) byId("candidate").showModal();
-    showFamily(await askJson(`/api/candidates/${encodeURIComponent(id)}/family`));
-    for (const each of await askJson(`/api/candidates/${encodeURIComponent(id)}/questions`)) showQuestion(each);
+    shownCandidate = id; // the answers to an earlier click may come later
+    const family = await askJson(`/api/candidates/${encodeURIComponent(id)}/family`);
+    if (shownCandidate !== id) return;
+    showFamily(family);
+    const questions = await askJson(`/api/candidates/${encodeURIComponent(id)}/questions`);
+    if (shownCandidate === id) for (const each of questions) showQuestion(each);
   } catch (error) {
     report(error);
   }
@@ -212,7 +225,7 @@ const percent = (rate) => `${(100 * rate).toFixed(1)} %`;
 function showFamily(family) {
   const place = byId("candidate-family");
   for (const change of family.changes) {
-    text(place, "h3", "Changed against its parent ").append(opener(change.parent));
+    text(place, "h3", "Share removed, against its parent ").append(opener(change.parent));
     const list = document.createElement("ul");
     for (const { unit, parent, child } of change.units) text(list, "li", `${unit}: ${percent(parent)} → ${percent(child)}`);
     if (change.more) text(list, "li", `and ${change.more} smaller changes`);
@@ -229,7 +242,8 @@ function ancestors(members) {
   for (const member of members) {
     const item = document.createElement("li");
     const fitness = member.fitness === null ? "not measured" : member.fitness.toPrecision(5);
-    item.append(opener(member.id), ` ${fitness}, round ${member.round ?? "–"}, ${member.agent ?? "–"}`);
+    const by = [SOURCES[member.source] || "", member.endpoint || ""].filter(Boolean).join(", ");
+    item.append(opener(member.id), ` ${fitness}, round ${member.round ?? "–"}, ${member.agent ?? "–"} ${by}`);
     if (member.parents.length) item.append(ancestors(member.parents));
     list.append(item);
   }

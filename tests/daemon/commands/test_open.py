@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 from redis import Redis
 
-from daemon.http_api.token import PAGE_FILE, Access, page_file
+from daemon.http_api.token import PAGE_FILE, Access, kept_address, page_file
 from tests.support.cli import Cli
 from tests.support.samples import SPEC, put_status
 from tests.support.servers import Server
@@ -86,6 +86,18 @@ def test_the_file_is_there_only_while_the_page_is_served_and_is_written_over_no_
         assert f"http://[::1]:1/#token={TOKEN}" in (tmp_path / PAGE_FILE).read_text()
         assert not (tmp_path / PAGE_FILE).is_symlink()
     assert [path.name for path in tmp_path.iterdir()] == ["other"] and (tmp_path / "other").read_text() == "kept"
+
+
+def test_the_file_of_a_daemon_that_was_killed_is_removed_and_that_of_another_is_left(tmp_path: Path) -> None:
+    file = tmp_path / PAGE_FILE
+    file.write_text("left by a daemon that was killed")
+    with page_file(None, None, tmp_path):
+        assert not file.exists()
+    with page_file(ACCESS, "http://127.0.0.1:1", tmp_path):
+        file.write_text("written by the daemon that is in charge now")
+    assert file.exists() and kept_address(tmp_path) is None
+    file.write_bytes(b"\xff")
+    assert kept_address(tmp_path) is None
 
 
 def test_a_token_from_the_settings_is_written_into_no_folder(tmp_path: Path) -> None:

@@ -104,9 +104,18 @@ def test_a_long_line_of_ancestors_is_cut_and_none_is_followed_twice() -> None:
 
     walk(family, 0)
     assert len(told) <= 2 * (2 * GENERATIONS + 1) and family["fitness"] is None
+    told.clear()
+    lines: dict[str, tuple[str, ...]] = {"39": ("1", "6")} | {str(number): (str(number + 1),) for number in range(1, 8)}
+    line = {
+        id_: one.model_copy(update={"provenance": one.provenance.model_copy(update={"parents": lines.get(id_, ())})})
+        for id_, one in ledger.items()
+    }
+    walk(family_of("39", PROFILE.shape.units("layer"), line, Population()), 0)
+    assert "7" in told, "it is a grandparent, and also at the end of a long line"
 
 
 async def test_what_each_endpoint_cost_and_brought_stands_beside_its_state(it: Observed) -> None:
+    it.observer.count_question({"label": "mutator round 1 call 0 attempt -2", "endpoint": "scripted", "text": "{}"})
     for attempt, text in enumerate(("no JSON", None, "{}")):
         label = f"mutator round 1 call 0 attempt {attempt}"
         it.observer.count_question({"label": label, "endpoint": text and "scripted", "text": text})
@@ -118,7 +127,7 @@ async def test_what_each_endpoint_cost_and_brought_stands_beside_its_state(it: O
     assert by_llm and scripted["measured"] == sum(row["measured"] for row in by_llm)
     assert scripted["improved"] == sum(row["improved"] for row in by_llm)
     assert (scripted["answer_seconds"], scripted["cost"]) == (2.0, 0.25)
-    assert shown["questions"] == {"mutator": {"asked": 1, "asked_again": 2, "unanswered": 1}}
+    assert shown["questions"] == {"mutator": {"asked": 2, "asked_again": 2, "unanswered": 1}}
 
 
 async def test_a_chart_is_drawn_once_for_all_who_ask_and_anew_after_a_while(

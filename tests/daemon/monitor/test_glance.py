@@ -53,7 +53,7 @@ def test_a_glance_shows_how_far_the_best_has_come_and_which_layers_are_kept() ->
         glance_at(8), no_color=True, color_system=None
     )
     assert progress.split() == ["best", "÷", "uniform", "██" + "▂" * 17 + "▁" * 21]
-    assert words.strip() == "0.950 at first, 0.700 after 40 tried; below 1 is a gain"
+    assert words.strip() == "0.950 at first, 0.700 after 40 evaluations; below 1 is a gain"
     assert attention.split() == ["attention", "removed", "·▂▃▄▅▆▇█", "0%", "to", "60%"]
     assert sensitive.split() == ["sensitive", "█▇▇▆▅▄▃▃", "up", "to", "0.02"]
     assert mlp.split()[:2] == ["MLP", "removed"] and mlp.index("·") == attention.index("·")
@@ -89,7 +89,7 @@ def test_rates_of_whole_layers_are_one_row() -> None:
 
 def test_before_uniform_pruning_is_measured_the_fitness_itself_is_shown() -> None:
     lines = drawn(glance_at(4).model_copy(update={"uniform": None}), color_system=None)
-    assert lines[0].startswith("best kl  ") and lines[1].strip() == "1.900 at first, 1.400 after 40 tried"
+    assert lines[0].startswith("best kl  ") and lines[1].strip() == "1.9000 at first, 1.4000 after 40 evaluations"
 
 
 def test_the_first_evaluations_may_have_failed() -> None:

@@ -100,6 +100,11 @@ def test_settings_are_shown_without_secrets_and_otherwise_as_they_are(config: Pa
     shown = load(config, [*overrides, endpoint(api_key="key-of-the-llm")]).shown()
     assert (shown["redis"]["url"], shown["run"]["folder"]) == ("redis://u:***@h:6379", "me@home")
     assert shown["llm"]["endpoints"][0]["api_key"] == shown["http"]["token"] == "**********"
+    keyed = load(
+        config, [endpoint(base_url="https://gateway/v1?api-key=key-of-the-llm"), "run.folder=/tmp/\udcff"]
+    ).shown()
+    assert keyed["llm"]["endpoints"][0]["base_url"] == "https://gateway/v1?api-key=***"
+    assert keyed["run"]["folder"] == "/tmp/?"
     assert load(config, ["redis.url=redis://h:6379", "run.folder=me@home"]).shown()["run"]["folder"] == "me@home"
 
 

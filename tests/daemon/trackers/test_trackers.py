@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -25,8 +26,10 @@ from daemon.monitor.summary import Summary
 from daemon.settings.service import TrackerName
 from daemon.settings.settings import Settings
 from daemon.trackers import trackers
-from daemon.trackers.kinds import KINDS, environment
+from daemon.trackers.kinds import KINDS, check_trackers, environment
 from daemon.trackers.points import Curves
+from daemon.trackers.process import Start
+from protocol.errors import SettingsError
 from protocol.plans.candidate import Failed
 from protocol.queue.keys import Keys
 from tests.daemon.launch.test_launch import KEY, settings_for, worker_there
@@ -258,6 +261,29 @@ async def test_a_tracker_that_raises_is_logged_once_with_its_reason(
     assert (failed["tracker"], failed["log_level"]) == ("mlflow", "warning")
     assert str(closed_port) in failed["error"] and "\n" not in failed["error"]
     assert "Traceback" in (tmp_path / "test" / "mlflow.log").read_text()
+
+
+def test_a_long_error_of_a_tracker_is_told_in_short_and_without_passwords(tmp_path: Path) -> None:
+    """What is not read from a pipe at once must fit into it."""
+    begins = "def begin(*_): raise RuntimeError('http://bob:hunter2@host ' + 'long ' * 200_000)"
+    program = (
+        f"import sys, types\n{begins}\nsys.modules['daemon.trackers.odd'] = types.SimpleNamespace(begin=begin)\n"
+        f"from daemon.trackers.process import main\nsys.argv = ['', 'odd', {str(tmp_path)!r}]\nmain()"
+    )
+    start = Start(search="test", settings={}).model_dump_json()
+    ended = subprocess.run([sys.executable, "-c", program], input=f"{start}\n", capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout.startswith("RuntimeError: http://bob")
+    assert len(ended.stdout) <= 1000 and "Traceback" in ended.stderr and "hunter2" not in ended.stderr
+
+
+def test_mlflow_cannot_keep_its_database_in_every_folder(
+    tmp_path: Path, llm: Llm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path / "100%", llm, "run.trackers=[mlflow]")
+    with pytest.raises(SettingsError, match=r"because of the '%': choose another run\.folder"):
+        check_trackers(settings)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    check_trackers(settings)
 
 
 @pytest.mark.parametrize("name", ["mlflow"], indirect=True)
