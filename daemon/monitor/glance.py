@@ -116,8 +116,8 @@ class Glance(BaseModel):
         yield Line(f"{name:<{LABEL}}{bars:>{columns}}", "green")
         gain = "; below 1 is a gain" if self.uniform else ""
         digits = 3 if self.uniform else FIGURE_DIGITS[self.measure]
-        ends_at = f"{last / unit:.{digits}f} after {self.evaluations:,} evaluations"
-        words = f"{first / unit:.{digits}f} at first, {ends_at}{gain}"
+        change = f"{first / unit:.{digits}f} to {last / unit:.{digits}f}"
+        words = f"{change} in {self.evaluations:,} evaluations{gain}"
         yield Line(f"{'':<{LABEL}}{words}")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -115,19 +115,19 @@ class Feed:
 
     async def _send(self, process: asyncio.subprocess.Process) -> None:
         """Send the points that are new. Raises TrackerError if the process has ended."""
-        state, pipe = self._state(), process.stdin
-        assert pipe is not None, "it is a pipe"
+        state, stdin = self._state(), process.stdin
+        assert stdin is not None, "it is a pipe"
         if process.returncode is not None:
             raise await _error(process)
         if state is None:
             return
         if self._curves is None:
             self._curves = Curves(state.spec, state.profile)
-            pipe.write(f"{self._start.model_dump_json()}\n".encode())
+            stdin.write(f"{self._start.model_dump_json()}\n".encode())
         try:
             for point in self._curves.take(state.population, self._counters()):
-                pipe.write(f"{json.dumps([point.step, point.values])}\n".encode())
-                await pipe.drain()
+                stdin.write(f"{json.dumps([point.step, point.values])}\n".encode())
+                await stdin.drain()
                 await asyncio.sleep(0)  # a long history must not block the event loop
         except ConnectionError:
             raise await _error(process) from None

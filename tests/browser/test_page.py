@@ -144,6 +144,7 @@ async def test_what_a_model_wrote_is_shown_and_not_run(page: Page, it: Observed,
     await opened(page, it)
     await shows(page, "#agents", lambda text: HOSTILE in text)
     await page.click(f"#best button:text('{best.candidate.id}')")
+    await page.click("#candidate summary:text('The whole record')")
     await shows(page, "#candidate-record", lambda text: "<script>" in text)
     assert await page.evaluate("document.querySelectorAll('img, main script').length") == 0
     assert seen.complaints == []

@@ -47,6 +47,7 @@ async def test_the_page_of_a_running_quickstart_is_opened_watched_paused_resumed
             await shows(page, "#facts", lambda text: _ratio(text) not in (None, first), SLOW)
             await _paused_and_resumed(page, folder)
             await page.click("#best button")
+            await page.click("#candidate summary:text('The whole record')")
             await shows(page, "#candidate-record", lambda text: '"rates"' in text)
             await picture(page, "running")
             await page.keyboard.press("Escape")

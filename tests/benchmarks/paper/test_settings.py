@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,9 @@ def test_what_a_cell_lacks_is_told_before_the_first_cell(
     package: str,
     sentence: str,
 ) -> None:
+    found = find_spec("json")
     for module in ("daemon.settings.packages", "gpu_worker.speed.engines"):
-        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else name)
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else found)
     runner = paper.make(EVERY_KIND | settings, code=2)
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not runner.asked

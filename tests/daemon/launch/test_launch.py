@@ -215,7 +215,7 @@ async def test_no_reply_and_no_file_ever_holds_a_secret(
         async with aiohttp.ClientSession() as session, worker_there(redis, keys):
             running = asyncio.create_task(launched.launch.run())
             url = await launched.url
-            assert kept_address(settings.folder) == f"{url}/#token={token}"
+            await eventually(lambda: kept_address(settings.folder) == f"{url}/#token={token}")
             async with session.get(f"{url}/api/status?token={token}", headers={"Authorization": f"Bearer {token}x"}):
                 pass
             while not running.done():

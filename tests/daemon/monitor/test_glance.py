@@ -53,11 +53,11 @@ def test_a_glance_shows_how_far_the_best_has_come_and_which_layers_are_kept() ->
         glance_at(8), no_color=True, color_system=None
     )
     assert progress.split() == ["best", "÷", "uniform", "██" + "▂" * 17 + "▁" * 21]
-    assert words.strip() == "0.950 at first, 0.700 after 40 evaluations; below 1 is a gain"
+    assert words.strip() == "0.950 to 0.700 in 40 evaluations; below 1 is a gain"
     assert attention.split() == ["attention", "removed", "·▂▃▄▅▆▇█", "0%", "to", "60%"]
     assert sensitive.split() == ["sensitive", "█▇▇▆▅▄▃▃", "up", "to", "0.02"]
     assert mlp.split()[:2] == ["MLP", "removed"] and mlp.index("·") == attention.index("·")
-    assert "each bar: 1 layer," in legend and "(· kept whole)" in legend and "they agree" in agreement
+    assert "each bar: 1 layer," in legend and "(· kept whole)" in legend and "pruned little" in agreement
 
 
 @pytest.mark.parametrize(("layers", "bar"), [(30, "1 layer,"), (44, "1 layer,"), (80, "2 layers,"), (126, "3 layers,")])
@@ -89,7 +89,7 @@ def test_rates_of_whole_layers_are_one_row() -> None:
 
 def test_before_uniform_pruning_is_measured_the_fitness_itself_is_shown() -> None:
     lines = drawn(glance_at(4).model_copy(update={"uniform": None}), color_system=None)
-    assert lines[0].startswith("best kl  ") and lines[1].strip() == "1.9000 at first, 1.4000 after 40 evaluations"
+    assert lines[0].startswith("best kl  ") and lines[1].strip() == "1.9000 to 1.4000 in 40 evaluations"
 
 
 def test_the_first_evaluations_may_have_failed() -> None:
@@ -133,7 +133,7 @@ def test_the_screen_fits_the_terminal_with_the_glance_above_the_events(height: i
     lines = [line.rstrip() for line in drawn(screen.render(status, best, height), color_system=None)]
     assert len(lines) < height and max(map(len, lines)) <= WIDTH
     text = "\n".join(lines)
-    assert text.index("they agree") < text.index("workers") < text.index("candidate failed")
+    assert text.index("pruned little") < text.index("workers") < text.index("candidate failed")
     shown = [member for member in best if member.candidate.id in text]
     assert len(shown) == (members if workers == 1 else 0)
     assert ("of 64 workers" in text) == (workers == 64)
@@ -181,7 +181,7 @@ async def test_a_run_on_a_terminal_shows_the_glance_under_its_progress(
         await it.searched()
         async with display.following(SearchStore(redis, keys, SPEC)):
             display.follow(it.search, ControlWatcher(Control(redis, keys)))
-            await eventually(lambda: "they agree" in out.getvalue())
+            await eventually(lambda: "pruned little" in out.getvalue())
     text = out.getvalue()
     assert text.rindex("search: round") < text.rindex("best ÷ uniform") < text.rindex("layers    removed")
 

@@ -94,7 +94,8 @@ def test_each_unit_has_a_bar_of_its_rate_and_one_of_its_sensitivity() -> None:
 def test_the_best_candidate_is_the_top_row_of_the_population() -> None:
     record = record_of(18.0, 16.0, 17.0)
     ranked = record.population.top(None)
-    highest = max(max(member.candidate.rates) for member in ranked)
+    rates = sorted(rate for member in ranked for rate in member.candidate.rates)
+    highest = rates[int(0.98 * (len(rates) - 1))]
     svg = draw_population(record).svg
     corners = {
         (float(x), float(y)): colour
@@ -105,7 +106,7 @@ def test_the_best_candidate_is_the_top_row_of_the_population() -> None:
     assert len(heights) == 3
     for height, member in zip(heights, ranked, strict=True):
         drawn = [colour for (_, y), colour in sorted(corners.items()) if y == height]
-        assert drawn == [shade(rate / highest) for rate in member.candidate.rates]
+        assert drawn == [shade(min(1.0, rate / highest)) for rate in member.candidate.rates]
 
 
 def test_what_others_wrote_is_text_and_nothing_is_asked_of_a_network() -> None:
@@ -131,7 +132,7 @@ def test_a_report_says_what_was_gained() -> None:
     assert "no candidate has been measured yet" in render_report([record_of()])
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 12))
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 12))
 def test_ticks_are_round_and_within_the_range(low: float, span: float, about: int) -> None:
     scale = Scale(low, low + span, 0, 100)
     ticks = scale.ticks(about)

@@ -9,6 +9,7 @@ from redis import Redis
 
 from daemon.launch.llm import make_endpoints, secrets_of
 from daemon.settings.page import page
+from daemon.settings.service import RunSettings
 from daemon.settings.settings import setting_names
 from daemon.settings.sources import load
 from protocol.errors import SettingsError
@@ -100,11 +101,10 @@ def test_settings_are_shown_without_secrets_and_otherwise_as_they_are(config: Pa
     shown = load(config, [*overrides, endpoint(api_key="key-of-the-llm")]).shown()
     assert (shown["redis"]["url"], shown["run"]["folder"]) == ("redis://u:***@h:6379", "me@home")
     assert shown["llm"]["endpoints"][0]["api_key"] == shown["http"]["token"] == "**********"
-    keyed = load(
-        config, [endpoint(base_url="https://gateway/v1?api-key=key-of-the-llm"), "run.folder=/tmp/\udcff"]
-    ).shown()
-    assert keyed["llm"]["endpoints"][0]["base_url"] == "https://gateway/v1?api-key=***"
-    assert keyed["run"]["folder"] == "/tmp/?"
+    keyed = load(config, [endpoint(base_url="https://gateway/v1?api-key=key-of-the-llm")])
+    odd = keyed.model_copy(update={"run": RunSettings(folder=Path("/tmp/\udcff"))})
+    assert odd.shown()["llm"]["endpoints"][0]["base_url"] == "https://gateway/v1?api-key=***"
+    assert odd.shown()["run"]["folder"] == "/tmp/?"
     assert load(config, ["redis.url=redis://h:6379", "run.folder=me@home"]).shown()["run"]["folder"] == "me@home"
 
 
