@@ -108,7 +108,7 @@ function showStatus() {
     ["in the queue", status.waiting],
     ["LLM tokens", (status.tokens.prompt + status.tokens.completion).toLocaleString("en")],
     ["cost", status.cost ? status.cost.toFixed(2) : "–"],
-    ["running for", duration(status.seconds)],
+    [status.finished ? "took" : "running for", duration(status.seconds)],
   ]);
   table("workers", [
     ["worker", (each) => each.consumer, true],
