@@ -1,5 +1,6 @@
 """The report of one or more searches: a single HTML file that needs no network, with the charts and the figures."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -103,7 +104,8 @@ def _verdict(record: SearchRecord) -> str:
     best, uniform = None if summary.best is None else of(summary.best), of(summary.uniform)
     if best is None:
         return f"{state}: no candidate has been measured yet"
-    said = f"{state} after {count} candidates: {MEASURE_NAMES[record.spec.measure]} {_figure(record, best)}"
+    measure = MEASURE_NAMES[record.spec.measure]
+    said = f"{state} after {count} candidates: {measure} {_figure(record, best)} (lower is better)"
     if uniform:
         said += f", {best / uniform:.3f} times that of uniform pruning with the same number of parameters"
     allocation = None if summary.best_allocation is None else of(summary.best_allocation)
@@ -122,12 +124,14 @@ def _kept(record: SearchRecord) -> str:
     names = [unit.name for unit in record.profile.shape.units(record.spec.granularity)]
     kept = [i for i, rate in enumerate(best.candidate.rates) if rate < NEARLY_WHOLE]
     if not kept:
-        return f"Of every unit, {NEARLY_WHOLE:.0%} or more is removed."
+        return f"{NEARLY_WHOLE:.0%} or more is removed of every unit."
     said = f"Kept nearly whole (less than {NEARLY_WHOLE:.0%} removed): {_listed([names[i] for i in kept])}."
-    most = set(sorted(range(len(sensitivity)), key=lambda i: -sensitivity[i])[: len(names) // 5])
+    most = set(sorted(range(len(sensitivity)), key=lambda i: -sensitivity[i])[: max(1, len(names) // 5)])
     agreed = [names[i] for i in kept if i in most]
+    others = [f"{names[i]} ({best.candidate.rates[i]:.0%} removed)" for i in sorted(most - set(kept))]
     if most:
-        said += f" Of these, in the most sensitive fifth of all units: {_listed(agreed) if agreed else 'none'}."
+        said += f" Of the {len(most)} most sensitive units, these are among them: {_listed(agreed) or 'none'}; "
+        said += f"these are not: {_listed(others) or 'none'}."
     return said
 
 
@@ -164,12 +168,17 @@ def _agents(record: SearchRecord) -> list[dict[str, Any]]:
 def _endpoints(record: SearchRecord) -> dict[str, dict[str, Any]]:
     """Return the state of each endpoint, and what its answers have brought: candidates, and new best ones."""
     brought: dict[str, Counter[str]] = defaultdict(Counter)
+    best: dict[str, float] = {}
     for row in _agents(record):
         brought[row["endpoint"]].update(measured=row["measured"], improved=row["improved"])
+    for each in record.proposals:
+        if isinstance(each.outcome, Measured) and (name := each.candidate.provenance.endpoint):
+            best[name] = min(best.get(name, math.inf), each.outcome.fitness)
     return {
         name: each.model_dump()
         | {"state": each.shown_state}
         | {key: brought[name][key] for key in ("measured", "improved")}
+        | {"best": _figure(record, best.get(name))}
         for name, each in (record.status.endpoints if record.status else {}).items()
     }
 

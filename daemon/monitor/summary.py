@@ -211,7 +211,7 @@ def lines_of(summary: Summary) -> list[Line]:
     }
     found = []
     for name, row in rows.items():
-        if row is None:
+        if row is None or (name == "best rule" and row == summary.best_allocation):
             continue
         own = columns[0].of(row)
         ratio = own / uniform if own is not None and uniform and row is not summary.dense else None

@@ -149,9 +149,10 @@ function showOverview(found) {
     ["seconds per answer", ([, each]) => each.answer_seconds],
     ["tokens read", ([, each]) => each.prompt_tokens.toLocaleString("en")],
     ["tokens written", ([, each]) => each.completion_tokens.toLocaleString("en")],
-    ["cost", ([, each]) => (each.cost ? each.cost.toFixed(4) : "–")],
+    ["cost", ([, each]) => (each.cost ? each.cost.toFixed(4) : "no price")],
     ["candidates measured", ([, each]) => each.measured],
     ["new best", ([, each]) => each.improved],
+    ["its best", ([, each]) => each.best],
   ], Object.entries(found.endpoints));
   table("questions", [
     ["agent", ([name]) => name, true],

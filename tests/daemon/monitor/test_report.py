@@ -15,13 +15,14 @@ from agents.population.population import Population
 from daemon.monitor.charts import draw_population, draw_progress, draw_rates
 from daemon.monitor.drawing import Canvas, Drawing, Scale, shade
 from daemon.monitor.record import SearchRecord
-from daemon.monitor.report import charts_of, render_report
+from daemon.monitor.report import charts_of, overview, render_report
 from daemon.monitor.status import EndpointStatus
 from daemon.state.history import History
 from protocol.plans.candidate import Candidate, Failed, Measured, Provenance, candidate_id
 from tests.support.cli import Cli
 from tests.support.samples import PROFILE, SHAPE, SPEC, STATUS, candidates, measured
 
+SENSITIVITY = (0.4, 0.1, 0.1, 0.2)
 HOSTILE = "<script>alert(1)</script>\"'&"
 
 
@@ -69,6 +70,25 @@ def test_progress_is_the_best_so_far_divided_by_uniform() -> None:
     assert "perplexity ÷ uniform" in said[0] or any("÷ uniform" in text for text in said)
     without = texts_of(draw_progress(record_of(18.0, 16.0, uniform=None)))
     assert "best 16" in without and not any("÷" in text for text in without)
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ((0.01, 0.04, 0.6, 0.55), "layer 0, layer 1. Of the 1 most sensitive units, these are among them: layer 0"),
+        ((0.55, 0.04, 0.01, 0.6), "among them: none; these are not: layer 0 (55% removed)."),
+        ((0.3, 0.3, 0.3, 0.3), "5% or more is removed of every unit"),
+    ],
+)
+def test_it_is_said_which_units_are_kept_and_whether_the_model_is_sensitive_there(
+    rates: tuple[float, ...], says: str
+) -> None:
+    record = record_of(18.0, 16.0)
+    best = record.population.best()
+    assert best is not None
+    object.__setattr__(best.candidate, "rates", rates)
+    profile = PROFILE.model_copy(update={"sensitivity": SENSITIVITY})
+    assert says in overview(dataclasses.replace(record, profile=profile))["kept"]
 
 
 def test_several_searches_are_drawn_with_their_names() -> None:
@@ -127,7 +147,7 @@ def test_what_others_wrote_is_text_and_nothing_is_asked_of_a_network() -> None:
 
 def test_a_report_says_what_was_gained() -> None:
     page = render_report([record_of(18.0, 16.0)])
-    assert "perplexity 16.00, 0.800 times that of uniform pruning" in page
+    assert "perplexity 16.00 (lower is better), 0.800 times that of uniform pruning" in page
     assert "selfpruner export --search s" in page
     assert "no candidate has been measured yet" in render_report([record_of()])
 
