@@ -361,6 +361,7 @@ async function begin() {
   byId("search").hidden = false;
   if (status) showStatus();
   refreshWanted = true;
+  refresh().catch(report);
   followForEver();
 }
 
