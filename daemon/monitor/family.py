@@ -4,6 +4,7 @@ from collections import deque
 from typing import Any
 
 from agents.population.population import Population
+from daemon.monitor.charts import SOURCE_NAMES
 from protocol.plans.candidate import Candidate, Measured
 from protocol.plans.shape import Unit
 
@@ -45,7 +46,7 @@ def _member(id_: str, ledger: dict[str, Candidate], population: Population) -> d
     return {
         "id": id_,
         "agent": candidate.provenance.agent if candidate else None,
-        "source": candidate.provenance.source if candidate else None,
+        "made": SOURCE_NAMES[candidate.provenance.source] if candidate else None,
         "endpoint": candidate.provenance.endpoint if candidate else None,
         "round": candidate.provenance.round if candidate else None,
         "fitness": outcome.fitness if isinstance(outcome, Measured) else None,

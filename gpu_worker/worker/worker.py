@@ -11,7 +11,6 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gpu_worker.worker.evaluator import ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.worker.gpu_lock import take_gpu
 from gpu_worker.worker.options import WorkerOptions
 from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
+from gpu_worker.worker.work_time import WorkTime
 from protocol.errors import StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome, outcome_fields
 from protocol.plans.profile import ModelProfile, check_profile
@@ -61,9 +61,7 @@ class Worker:
         self._profiles = ProfileBoard(redis, self._keys)
         self._retry = RedisRetry(redis, self._keys.jobs)
         self._status = WorkerStatus(stage="loading")
-        self._ready_since: float | None = None
-        self._measuring_since: float | None = None
-        self._busy_seconds = 0.0
+        self._time = WorkTime()
         self._logged = LogThrottle()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
@@ -146,7 +144,7 @@ class Worker:
         stop = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
-        if self._job or self._status.stage == "idle":  # else it prepares a model, which nobody waits for now
+        if self._job or self._status.stage == "idle":  # a preparation is ended at once
             grace = self._options.grace_seconds if self._job else 0.0
             await asyncio.wait({work}, timeout=grace + IDLE_GRACE_SECONDS)
         work.cancel()
@@ -208,7 +206,7 @@ class Worker:
         try:
             profile = await self._prepare(child, spec)
             self._idle_since = time.monotonic()
-            self._ready_since = self._ready_since or self._idle_since
+            self._time.begin()
             while not self._stopping.is_set():
                 self._set_status(stage="idle")
                 paused = await self._control.read() != "run"
@@ -318,16 +316,6 @@ class Worker:
             self._job = None
             self._set_status(measured=self._status.measured + 1)
 
-    @contextlib.contextmanager
-    def _busy(self) -> Iterator[None]:
-        """Count the time in this block as time of measuring."""
-        self._measuring_since = since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._measuring_since = None
-            self._busy_seconds += time.monotonic() - since
-
     async def _outcome(self, child: EvaluationChild, job: Job) -> Outcome | None:
         """Return the outcome of `job`; None if the job was given up because too many processes died on it.
 
@@ -360,16 +348,12 @@ class Worker:
         if not child.alive:
             await self._prepare(child, child.spec)
             self._set_status(stage="evaluating")
-        with self._busy():
+        with self._time.measuring():
             return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
     def _status_now(self) -> str:
         """Return the status as the value of the worker's key."""
-        now = time.monotonic()
-        busy = self._busy_seconds + (now - self._measuring_since if self._measuring_since else 0.0)
-        ready = now - self._ready_since if self._ready_since else 0.0
-        times = {"busy_seconds": round(busy, 1), "ready_seconds": round(ready, 1)}
-        return self._status.model_copy(update=times).to_json()
+        return self._status.model_copy(update=self._time.fields()).to_json()
 
     def _set_status(self, **changes: str | int | None) -> None:
         self._status = self._status.model_copy(update=changes)

@@ -16,8 +16,6 @@ let followed = 0;
 let lastLook = Infinity;
 let shownCandidate = null;
 
-const SOURCES = { llm: "by the LLM", classical: "by an optimiser", fallback: "by the fallback", allocation: "allocation" };
-
 class Refused extends Error {}
 
 async function ask(path, options = {}) {
@@ -194,7 +192,10 @@ function opener(id) {
 
 async function openCandidate(id) {
   try {
-    const found = await askJson(`/api/candidates/${encodeURIComponent(id)}`);
+    shownCandidate = id; // the answers to an earlier click may come later
+    const path = `/api/candidates/${encodeURIComponent(id)}`;
+    const [found, family] = await Promise.all([askJson(path), askJson(`${path}/family`)]);
+    if (shownCandidate !== id) return;
     byId("candidate-title").textContent = `Candidate ${id}`;
     const outcome = found.outcome || { kind: "not measured yet" };
     facts(byId("candidate-facts"), [
@@ -202,7 +203,7 @@ async function openCandidate(id) {
       ["perplexity", outcome.perplexity?.toFixed(2)],
       ["KL divergence", outcome.kl?.toFixed(4)],
       ["agent", found.agent],
-      ["made", SOURCES[found.source] || found.source],
+      ["made", family.made],
       ["endpoint", found.endpoint],
       ["round", found.round],
     ]);
@@ -210,11 +211,8 @@ async function openCandidate(id) {
     byId("candidate-family").replaceChildren();
     byId("candidate-questions").replaceChildren();
     if (!byId("candidate").open) byId("candidate").showModal();
-    shownCandidate = id; // the answers to an earlier click may come later
-    const family = await askJson(`/api/candidates/${encodeURIComponent(id)}/family`);
-    if (shownCandidate !== id) return;
     showFamily(family);
-    const questions = await askJson(`/api/candidates/${encodeURIComponent(id)}/questions`);
+    const questions = await askJson(`${path}/questions`);
     if (shownCandidate === id) for (const each of questions) showQuestion(each);
   } catch (error) {
     report(error);
@@ -243,7 +241,7 @@ function ancestors(members) {
   for (const member of members) {
     const item = document.createElement("li");
     const fitness = member.fitness === null ? "not measured" : member.fitness.toPrecision(5);
-    const by = [SOURCES[member.source] || "", member.endpoint || ""].filter(Boolean).join(", ");
+    const by = [member.made, member.endpoint].filter(Boolean).join(", ");
     item.append(opener(member.id), ` ${fitness}, round ${member.round ?? "–"}, ${member.agent ?? "–"} ${by}`);
     if (member.parents.length) item.append(ancestors(member.parents));
     list.append(item);
