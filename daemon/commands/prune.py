@@ -17,6 +17,7 @@ from daemon.commands import flags, tables
 from daemon.commands.finetune import RESUME_HINT, RecipeFlags, check_apart, check_minutes, found_data, recipe_of
 from daemon.commands.output import name_charts, print_result, show_progress
 from daemon.commands.request import request_of_search
+from daemon.monitor.searched import record_of_best, search_summary
 from daemon.monitor.summary import Summary
 from daemon.settings.packages import need
 from daemon.settings.search import SearchSettings
@@ -125,12 +126,7 @@ def make_smaller(
     goal, before = check_before_search(goal)
     try:
         request, summary = _searched(settings, run_search)
-        searched = SearchSummary(
-            evaluations=sum(summary.candidates["by_outcome"].values()),
-            seconds=summary.seconds,
-            uniform_perplexity=summary.uniform.perplexity,
-            uniform_report_perplexity=summary.uniform.report_perplexity,
-        )
+        searched = search_summary(summary, record_of_best(settings.folder, summary.rates))
         with show() as progress:
             finished = finish(goal, before, request, searched, progress)
         result = _result(goal.search, summary, searched, request, finished)

@@ -22,6 +22,7 @@ from daemon.commands.request import (
     text_of,
 )
 from daemon.monitor.remote import best_so_far
+from daemon.monitor.searched import record_of_best, search_summary
 from daemon.settings.packages import need
 from protocol.errors import SettingsError
 from protocol.plans.allocation import Method
@@ -155,6 +156,7 @@ def export(
     """
     formats = formats_of(format_ or ["hf"])
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
+    searched = None
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError(
@@ -163,6 +165,8 @@ def export(
         refuse_given("--search prunes with the search's settings", texts, how, options)
         best = asyncio.run(best_so_far(search, redis_url, folder))
         request = request_of_search(best.record, best.origin)
+        if (record := record_of_best(folder / search, best.record["rates"])) is not None:
+            searched = search_summary(record.summary, record)
     elif model is not None:
         request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
     else:
@@ -174,5 +178,5 @@ def export(
     with show_progress(request.spec.model) as progress:
         from gpu_worker.export.export import export_once
 
-        result = export_once(request, destination, progress)
+        result = export_once(request, destination, progress, searched)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.exported(result, request.spec.fitness))

@@ -28,8 +28,13 @@ class Drawing:
     def __init__(self, svg: str) -> None:
         self.svg = svg
 
+    @property
+    def on_white(self) -> str:
+        """The SVG with a white background, for places that may be dark."""
+        return self.svg.replace("</desc>", '</desc><rect width="100%" height="100%" fill="#ffffff"/>', 1)
+
     def _repr_svg_(self) -> str:
-        return self.svg
+        return self.on_white
 
     def save(self, path: str | Path) -> Path:
         """Write the drawing as an SVG file, or as a PNG file if the name ends in `.png`.
@@ -37,7 +42,7 @@ class Drawing:
         PNG needs the extra `plots`. Raises UsageError without it, and for a file that cannot be written.
         """
         file = Path(path)
-        content: str | bytes = self.svg
+        content: str | bytes = self.on_white
         if file.suffix.lower() == ".png":
             content = self.png()
         try:

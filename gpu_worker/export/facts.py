@@ -20,7 +20,7 @@ from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Role, SearchSpec, TextSpec
 from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning
-from protocol.results.formats import FACTS
+from protocol.results.formats import FACTS, SEARCH_CHARTS
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Name of `smollm2` on the hub."""
@@ -71,7 +71,7 @@ class ExportFacts(BaseModel):
     gguf: GgufPerplexity | None = None
     """Perplexity of the GGUF file in llama.cpp."""
     searched: SearchSummary | None = None
-    """Search results, if the command that wrote the folder also searched for the rates."""
+    """The search that found the rates, if the command that wrote the folder had its record."""
     finetunings: tuple[Finetuning, ...] = ()
     """Fine-tunings after pruning, in order. If there are any, `pruned` was measured after the last fine-tuning."""
 
@@ -113,7 +113,12 @@ def read_facts(folder: Path) -> ExportFacts:
     file = folder / FACTS
     try:
         written = json.loads(file.read_bytes())
-        return ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
+        facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
+        if facts.searched is None:
+            return facts
+        files = (folder / name for name in SEARCH_CHARTS)
+        charts = {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+        return facts.model_copy(update={"searched": facts.searched.model_copy(update={"charts": charts})})
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         # pydantic's ValidationError is a ValueError with a very long message
         reason = "not what this version writes" if isinstance(error, ValidationError) else str(error)

@@ -78,6 +78,8 @@ def write_files(
         save_text(content.windows, folder)
     card = render_card(facts, formats, name=name, gguf=None if gguf is None else gguf.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    for chart, drawing in (facts.searched.charts if facts.searched else {}).items():
+        (folder / chart).write_text(drawing, encoding="utf-8")
     write_json(folder / FACTS, _facts_json(facts, formats))
     return found
 

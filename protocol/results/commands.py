@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from protocol.plans.any_heads import Heads
 from protocol.plans.plan import LayerPlan, Parameters
@@ -80,6 +80,8 @@ class SearchSummary(Value):
     seconds: float
     uniform_perplexity: float | None
     uniform_report_perplexity: float | None
+    charts: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+    """Drawings of the search as SVG, by the names of SEARCH_CHARTS. An export keeps them as files beside its card."""
 
 
 class PushResult(Value):

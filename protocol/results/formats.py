@@ -15,6 +15,8 @@ FACTS = "selfpruner.json"
 """The file in every export folder that describes it. An older export is recognised by it."""
 SAVED_TEXT = "measured-text.json"
 """The file of an export with the tokens it was measured on, if the dense model generated them."""
+SEARCH_CHARTS = ("search.svg", "rates.svg")
+"""The files of an export with charts of the search that found its rates: its progress, and its best rates."""
 GgufType = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 """llama.cpp's name of the type in which the weights of a GGUF file are stored."""
 Engine = Literal["transformers", "llama.cpp", "vllm"]

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -119,6 +120,9 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     card = (tmp_path / "small" / "README.md").read_text()
     assert "| uniform, " in card and f"{answer['uniform_perplexity']:.4g}" in card
     assert f"8 evaluations in {answer['search_seconds']:,.0f} s" in card
+    for chart, title in (("search.svg", "Progress of prune-small-"), ("rates.svg", "Rates of prune-small-")):
+        drawn = ElementTree.parse(tmp_path / "small" / chart).getroot()
+        assert f"]({chart})" in card and str(drawn[0].text).startswith(title)
 
 
 def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Path, target: Path, cli: Cli) -> None:
@@ -138,6 +142,7 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Pat
     assert report["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
     facts = json.loads((here / "small" / "selfpruner.json").read_text())
     assert facts["searched"]["uniform_report_perplexity"] == answer["uniform_report_perplexity"]
+    assert {"search.svg", "rates.svg"} <= {file.name for file in (here / "small").iterdir()}
     assert json.loads((here / "small" / "prune.json").read_text())["finetuned"]["folder"] == "small"
     assert facts["pruned_report"]["perplexity"] == report["after"]
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)

@@ -172,7 +172,7 @@ def test_a_drawing_is_written_as_svg_or_png(tmp_path: Path) -> None:
     drawing = canvas.drawing()
     assert ElementTree.fromstring(drawing.save(tmp_path / "d.svg").read_text()) is not None
     assert drawing.save(tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
-    assert drawing._repr_svg_() == drawing.svg
+    assert drawing._repr_svg_() == (tmp_path / "d.svg").read_text() == drawing.on_white
 
 
 def test_thousands_of_candidates_make_a_page_of_moderate_size() -> None:

@@ -7,10 +7,11 @@ import yaml
 from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
-from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_folders
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, read_facts, version_of_selfpruner, without_folders
+from gpu_worker.export.writer import ExportContent, export_model
 from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning, Recipe
-from protocol.results.formats import Format, Formats
+from protocol.results.formats import Destination, Format, Formats
 from tests.support.exports import UNEVEN, export, facts_of, pruned
 from tests.support.tiny_models import tiny_model
 
@@ -132,6 +133,22 @@ def test_a_search_is_told_with_what_it_is_compared_with() -> None:
     assert "| dense | uniform, rectangular | pruned |" in text and "| 12.35 | 30.5 | 23.46 |" in text
     assert "1,200 evaluations in 60 s, one search with seed 0\n- Granularity" in text
     assert "uniform, " not in card()
+
+
+def test_charts_lie_beside_the_card_and_are_read_with_the_facts(tmp_path: Path) -> None:
+    charts = {"search.svg": "<svg>progress</svg>", "rates.svg": "<svg>rates</svg>"}
+    searched = SearchSummary(
+        evaluations=8, seconds=60.0, uniform_perplexity=54.0, uniform_report_perplexity=None, charts=charts
+    )
+    content = ExportContent(pruned(tiny_model("llama")), facts_of(MODEL, searched=searched))
+    export_model(content, Destination(tmp_path / "out", ("padded",)))
+    assert {name: (tmp_path / "out" / name).read_text() for name in charts} == charts
+    assert "<svg>" not in (tmp_path / "out" / "selfpruner.json").read_text()
+    facts = read_facts(tmp_path / "out")
+    assert facts.searched == searched
+    shown = section(render_card(facts, ("padded",), name="out"), "Pruning")
+    assert "](search.svg)" in shown and "](rates.svg)" in shown
+    assert ".svg" not in card(searched=searched.model_copy(update={"charts": {}}))
 
 
 def test_the_card_says_whether_uniform_pruning_was_fitted_and_that_nobody_fine_tuned_it() -> None:
