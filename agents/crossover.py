@@ -15,7 +15,7 @@ from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import about_model, mixes_in_words, numbered_lists, numbered_profiles
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
-from agents.prompting.rules import SHOWN_RULES, features_in_words, rules_in_words, rules_prompt
+from agents.prompting.rules import SHOWN_RULES, rules_in_general, rules_in_words, rules_prompt
 from agents.prompting.schemas import MixChoice, mix_schema, mixes_schema, pick
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
@@ -87,7 +87,7 @@ class Crossover:
         text = fill(
             "crossover_rules",
             count=call.count,
-            features=features_in_words(view),
+            **rules_in_general(view),
             rules=rules_in_words(view, ruled),
             about=about_model(view, self._settings.feedback),
         )

@@ -11,7 +11,7 @@ from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import about_model
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
-from agents.prompting.rules import INITIAL_IDEAS, examples_of, features_in_words, idea, rules_prompt
+from agents.prompting.rules import INITIAL_IDEAS, examples_of, idea, rules_in_general, rules_prompt
 from agents.prompting.schemas import profile_schema
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
@@ -37,7 +37,7 @@ class Initializer:
             "initializer_rules",
             count=call.count,
             idea=idea(call.view, INITIAL_IDEAS, call.index + call.view.round),
-            features=features_in_words(call.view),
+            **rules_in_general(call.view),
             examples=examples_of(call.view, call.index + call.view.round),
             lessons=call.view.lessons,
             about=about_model(call.view, self._settings.feedback),

@@ -69,12 +69,17 @@ def differing_features(view: View) -> list[str]:
     return [name for name in usable_features(view) if name != "rate"]
 
 
+def is_tuned(view: View) -> bool:
+    """Return whether the numbers of new rules are tuned: the surrogate knows enough outcomes."""
+    return len(view.measured) >= MIN_OUTCOMES
+
+
 def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     """Return the rule with the numbers for which the surrogate has the best acquisition near the given ones.
 
     Parts that then have no effect are left out. Returns the rule unchanged while too few candidates are measured.
     """
-    if not rule.numbers or len(view.measured) < MIN_OUTCOMES:
+    if not rule.numbers or not is_tuned(view):
         return rule
     from cmaes import CMA  # not at the start: it loads SciPy, which takes a second
 

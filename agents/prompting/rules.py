@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from agents.operators.rules import proposal_of, rule_of, tuned, usable_features
+from agents.operators.rules import is_tuned, proposal_of, rule_of, tuned, usable_features
 from agents.population.submission import Call
 from agents.population.view import Member, Proposal, View
 from agents.prompting.descriptions import fitness_in_words, prediction_in_words
@@ -27,17 +27,18 @@ MIN_POINTS = 4
 SHOWN_EFFECTS = 4
 MAX_TERMS = 3
 """Maximum number of terms that the pattern allows, so that no rule that it allows is too large."""
-EXAMPLES = (
-    "rate - 0.4*attention - 0.1*sensitivity",
-    "least_damage - 0.2*exp(-1.5*depth)",
-    "rate - 0.1*sensitivity*mlp - 0.2*attention*first",
-    "least_damage + 0.1*tanh(influence) - 0.2*last",
-    "rate - 0.1*outliers - 0.3*where(depth < 0.1, 1.0, 0.0)",
-    "least_damage - 0.2*sqrt(depth)*mlp - 0.1*lost_score",
+CORRECTIONS = (
+    " - 0.05*attention - 0.04*fit_error",
+    " - 0.06*exp(-1.5*depth)",
+    " - 0.03*influence*mlp - 0.08*attention*first",
+    " + 0.04*tanh(influence) - 0.05*last",
+    " - 0.03*outliers - 0.07*where(depth < 0.1, 1.0, 0.0)",
+    " - 0.06*sqrt(depth)*mlp + 0.02*lost_score",
 )
+"""What the examples of rules add to their beginning."""
 SHOWN_EXAMPLES = 2
 INITIAL_IDEAS = (
-    ("sensitivity", "sensitive ones are pruned less"),
+    ("sensitivity", "the most sensitive ones may need more or less than least_damage gives"),
     ("depth", "the first layers and the last are special"),
     ("influence", "what changes its input little can go"),
     ("attention", "attention and mlp need different formulas"),
@@ -76,7 +77,7 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
     return Prompt(
         name=name,
         text=text,
-        schema=lambda count: rules_schema(formula_pattern(usable_features(view)), count),
+        schema=lambda count: rules_schema(formula_pattern(usable_features(view), tuned=is_tuned(view)), count),
         parse=lambda text, count: parse_objects(text, RuleReply, use, count),
         tokens_per_item=TOKENS_PER_RULE,
         refine=refine,
@@ -85,21 +86,28 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
 
 
 @functools.lru_cache(maxsize=8)
-def formula_pattern(features: tuple[str, ...]) -> str:
-    """Return a regular expression for sums of up to `MAX_TERMS` terms: numbers times features and functions of them.
+def formula_pattern(features: tuple[str, ...], *, tuned: bool = True) -> str:
+    """Return a regular expression for the beginning of rules and up to `MAX_TERMS` terms: numbers times features.
 
-    Small models need it. If an endpoint does not enforce it, any rule that can be read is accepted.
+    Numbers that are not tuned afterwards are small. Small models need the pattern: without it, few of their rules
+    begin with what was measured. If an endpoint does not enforce it, any rule that can be read is accepted.
     """
     feature = f"({'|'.join(name for name in features if name != 'rate')})"
-    start = "(rate|least_damage)" if "least_damage" in features else "rate"
+    start = beginning(features)
     if feature == "()":
-        return "^rate$"
+        return f"^{start}$"
     number = r"[0-2]\.[0-9]{1,2}"
+    size = number if tuned else r"0\.0[1-9]"
     function = rf"(tanh|abs|exp|sqrt)\((-)?({number}\*)?{feature}\)"
     step = rf"where\({feature} [<>] (-)?{number}, {number}, {number}\)"
     factor = f"({feature}|{function}|{step})"
-    term = rf"{number}\*{factor}(\*{feature})?"
-    return rf"^{start}(\*{function})?( [+-] {term}){{1,{MAX_TERMS}}}$"
+    term = rf"{size}\*{factor}(\*{feature})?"
+    return rf"^{start}( [+-] {term}){{1,{MAX_TERMS}}}$"
+
+
+def beginning(features: Sequence[str]) -> str:
+    """Return the feature that rules begin with: the allocation by sensitivity, or the rate if it was not measured."""
+    return "least_damage" if "least_damage" in features else "rate"
 
 
 def examples_of(view: View, variant: int) -> list[str]:
@@ -107,9 +115,16 @@ def examples_of(view: View, variant: int) -> list[str]:
 
     Small models copy what they are shown, so each question shows few examples, and different ones.
     """
-    usable = set(usable_features(view))
-    able = [text for text in EXAMPLES if Rule.parse(text).features <= usable]
+    usable = usable_features(view)
+    texts = (beginning(usable) + correction for correction in CORRECTIONS)
+    able = [text for text in texts if Rule.parse(text).features <= {*usable}]
     return [able[(variant + i) % len(able)] for i in range(min(SHOWN_EXAMPLES, len(able)))]
+
+
+def rules_in_general(view: View) -> dict[str, object]:
+    """Return what `_rules_model` tells about rules."""
+    names = usable_features(view)
+    return {"features": features_in_words(view), "beginning": beginning(names), "tuned": is_tuned(view)}
 
 
 def features_in_words(view: View) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from daemon.http_api.token import PAGE_FILE, Access, page_file
+from daemon.monitor.events import Event, evaluation_event
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.support.browser import Seen, browsing, picture, shows
@@ -20,6 +21,9 @@ from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually
 
 pytestmark = pytest.mark.one_server
+EVENTS_SHOWN = 100
+"""As in page.js."""
+EVENTS_PER_BATCH = 300
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -148,3 +152,36 @@ async def test_what_a_model_wrote_is_shown_and_not_run(page: Page, it: Observed,
     await shows(page, "#candidate-record", lambda text: "<script>" in text)
     assert await page.evaluate("document.querySelectorAll('img, main script').length") == 0
     assert seen.complaints == []
+
+
+@pytest.mark.browser
+async def test_a_day_of_events_leaves_the_memory_of_the_page_as_it_was(page: Page, it: Observed) -> None:
+    """A day with an event every four seconds, in batches after each of which the page draws its charts again."""
+    await it.searched()
+    best = it.search.state.population.best()
+    assert best is not None
+    async with page.expect_response("**/api/events"):
+        await opened(page, it)
+    await day_of_events(page, it, evaluation_event(best, best=False), batches=8)  # what a page needs once
+    first = await megabytes(page)
+    await day_of_events(page, it, evaluation_event(best, best=False), batches=72)
+    last = await megabytes(page)
+    assert await page.locator("#events li").count() == EVENTS_SHOWN
+    assert last < first + 1, f"{first:.2f} MB became {last:.2f} MB"
+
+
+async def day_of_events(page: Page, it: Observed, event: Event, batches: int) -> None:
+    for number in range(batches):
+        last = f"batch-{number}"
+        events = [event] * (EVENTS_PER_BATCH - 1) + [Event(last, {})]
+        async with page.expect_response("**/api/overview"):
+            it.observer.events.add(events)
+        await page.wait_for_selector(f"#events li:text('{last}')")
+
+
+async def megabytes(page: Page) -> float:
+    """Return what JavaScript and the documents of the page hold, without what nothing refers to any more."""
+    session = await page.context.new_cdp_session(page)
+    await session.send("HeapProfiler.collectGarbage")
+    usage = await session.send("Runtime.getHeapUsage")
+    return float(usage["usedSize"] + usage.get("embedderHeapUsedSize", 0)) / 1e6

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.population.submission import Call
-from agents.prompting.rules import EXAMPLES, features_in_words, formula_pattern, rules_prompt, where_wrong
+from agents.prompting.rules import CORRECTIONS, features_in_words, formula_pattern, rules_prompt, where_wrong
 from protocol.errors import InvalidReply
 from protocol.plans.features import FEATURES
 from protocol.plans.rule import Rule
@@ -87,9 +87,9 @@ def test_what_the_pattern_allows_is_a_rule(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        EXAMPLES[1],
-        EXAMPLES[4].replace("outliers", "depth"),
-        "rate*exp(-0.3*sensitivity) + 0.1*where(depth < 0.1, 0.2, 0.0)",
+        "least_damage" + CORRECTIONS[1],
+        "least_damage" + CORRECTIONS[4].replace("outliers", "depth"),
+        "least_damage - 0.2*exp(-0.3*sensitivity)*mlp + 0.1*where(depth < 0.1, 0.2, 0.0)",
     ],
 )
 def test_the_pattern_allows_sensible_rules(text: str) -> None:
