@@ -12,6 +12,7 @@ from daemon.settings.settings import Settings
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Role, SearchSpec, TextSpec
 from protocol.results.needs import DeviceSpeed, Needs
+from protocol.runtime.paths import SMOLLM2
 
 SHARES_OF_PEAK = (0.6, 0.4, 0.25)
 """Best, expected and worst share of a data sheet's peak that an evaluation reaches."""
@@ -99,8 +100,9 @@ class Work:
         widths = [n for layer in shape.layers for n in (layer.query_heads * shape.head_dim, layer.mlp_channels)]
         fitted = spec.reconstruction == "least-squares"
         units = len(shape.units(spec.granularity))
-        report = 3 * tokens.get("report", 0) * whole
-        own = [text for text in spec.texts.values() if text.source == "self"]
+        report = 4 * tokens.get("report", 0) * whole
+        written = () if spec.model == SMOLLM2 else spec.texts.values()  # its text is there
+        own = [text for text in written if text.source == "self"]
         steps = -(-sum(text.windows or 0 for text in own) // needs.texts_together) * spec.fitness.seqlen
         return cls(
             per_token=kept * decoder + 2 * needs.head_parameters,

@@ -12,6 +12,7 @@ from rich.table import Table
 from agents.population.population import Evaluation, Population
 from daemon.monitor.status import llm_tokens
 from daemon.monitor.watch_screen import SOURCES
+from daemon.search.figures import best_allocation, best_rule
 from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Measured, candidate_id
@@ -94,8 +95,7 @@ class Summary(Value):
 def summarise(search: str, state: SearchState, counters: dict[str, float], *, finished: bool) -> Summary:
     """Return the result of a search; `counters` has the seconds and the tokens used."""
     spec, profile, population = state.spec, state.profile, state.population
-    best, best_allocation = population.best(), _best_allocation(population)
-    best_rule = next((e for e in population.top(None) if e.candidate.provenance.rule), None)
+    best, allocation, rule = population.best(), best_allocation(population), best_rule(population)
     uniform = spec.uniform_plan(profile.shape)
     uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
     outcomes = Counter(e.outcome.kind for e in population if e.candidate.is_proposal)
@@ -109,9 +109,9 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
         finished=finished,
         dense=_dense_row(spec, profile),
         uniform=_row(spec, count_parameters(uniform, profile.shape), uniform_evaluation, population),
-        best_allocation=_measured_row(spec, best_allocation, population),
-        best_rule=_measured_row(spec, best_rule, population),
-        rule=best_rule.candidate.provenance.rule if best_rule else None,
+        best_allocation=_measured_row(spec, allocation, population),
+        best_rule=_measured_row(spec, rule, population),
+        rule=rule.candidate.provenance.rule if rule else None,
         best=_measured_row(spec, best, population),
         rates=best.candidate.rates if best else (),
         candidates={
@@ -137,11 +137,6 @@ def _dense_row(spec: SearchSpec, profile: ModelProfile) -> Row:
         tokens=profile.dense.tokens,
         report_tokens=report.tokens if report else None,
     )
-
-
-def _best_allocation(population: Population) -> Evaluation | None:
-    """Return the best allocation in the first population, or None if there is no allocation in it."""
-    return next((e for e in population.top(None) if e.candidate.provenance.source == "allocation"), None)
 
 
 def _measured_row(spec: SearchSpec, evaluation: Evaluation | None, population: Population) -> Row | None:

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from agents.population.population import Population
+from agents.population.population import Evaluation, Population
 from protocol.plans.candidate import Measured, candidate_id
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import ModelShape
@@ -51,6 +51,23 @@ def figures_of(spec: SearchSpec, profile: ModelProfile, population: Population) 
         uniform=uniform.fitness if uniform else None,
         dense=0.0 if spec.measure == "kl" else profile.dense.perplexity,
     )
+
+
+def best_allocation(population: Population) -> Evaluation | None:
+    """Return the best allocation in the first population, or None if there is no allocation in it."""
+    return next((each for each in population.top(None) if each.candidate.provenance.source == "allocation"), None)
+
+
+def best_rule(population: Population) -> Evaluation | None:
+    """Return the best candidate whose rates come from a rule, or None if there is no rule."""
+    return next((each for each in population.top(None) if each.candidate.provenance.rule), None)
+
+
+def reported(population: Population) -> dict[str, Evaluation]:
+    """Return the candidates that are measured on the report text at the end, by their names."""
+    best = {"best": population.best()}
+    found = best | {"best allocation": best_allocation(population), "best rule": best_rule(population)}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def uniform_outcome(spec: SearchSpec, profile: ModelProfile, population: Population) -> Measured | None:

@@ -17,13 +17,14 @@ from agents.population.population import Evaluation
 from agents.population.view import Member, View
 from daemon.search.admission import Admission
 from daemon.search.budget import Budget
-from daemon.search.figures import figures_of
+from daemon.search.figures import figures_of, reported
 from daemon.search.roles import Agents
 from daemon.search.snapshot import view_of_round
 from daemon.search.state import SearchState
 from daemon.settings.search import SearchSettings
 from daemon.state.journal import Journal
 from protocol.plans.candidate import KeptSelection, Measured, Source, Stopped, outcome_fields
+from protocol.plans.plan import Plan
 from protocol.queue.streams import CandidateQueue
 
 log = structlog.get_logger()
@@ -91,11 +92,12 @@ class Search:
         return replace(view, step=chosen.step), [members[id_] for id_ in chosen.parents if id_ in members]
 
     async def _report(self) -> None:
-        """Measure uniform pruning and the best candidate on the report text."""
-        best = self.state.population.best()
-        if self.state.spec.report is not None and best is not None:
+        """Measure uniform pruning, the best allocation, the best rule and the best candidate on the report text."""
+        found = reported(self.state.population)
+        if self.state.spec.report is not None and found:
             await self.admission.measure_uniform(text="report")
-            await self.admission.measure(best.candidate.plan, best.candidate.rates, text="report")
+            for each in found.values():
+                await self.admission.measure(each.candidate.plan, each.candidate.rates, text="report")
             await self.keeper.settled()
 
     def view(self, round_: int) -> View:
@@ -115,9 +117,7 @@ class Search:
         elif not isinstance(outcome, Measured):
             log.warning("candidate_failed", **fields)
         elif candidate.text == "report":
-            is_uniform = candidate.plan == state.spec.uniform_plan(state.profile.shape)
-            name = "uniform" if is_uniform else "best"
-            says = f"on the report text: {name} {figures.shown(outcome.fitness)}"
+            says = f"on the report text: {self._name(candidate.plan)} {figures.shown(outcome.fitness)}"
             log.info("candidate_measured", says=says, **fields)
         else:
             done = sum(each.candidate.is_proposal for each in state.population)
@@ -125,3 +125,10 @@ class Search:
             here = f"{figures.shown(outcome.fitness)}{', new best' if is_best else ''}"
             says = f"measured {number}: {here} ({figures.in_words()})"
             log.info("candidate_measured", says=says, is_best=is_best, **figures.fields(), **fields)
+
+    def _name(self, plan: Plan) -> str:
+        """Return what a plan that is measured on the report text is called."""
+        if plan == self.state.spec.uniform_plan(self.state.profile.shape):
+            return "uniform"
+        found = reported(self.state.population)
+        return next((name for name, each in found.items() if each.candidate.plan == plan), "an earlier best")

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from gpu_worker.cache import remembered
 from gpu_worker.measuring.corpora import load_tokens, save_tokens
+from gpu_worker.measuring.smollm2_text import written_beforehand
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.models.memory import generation_batch_size
 from gpu_worker.progress import Progress
@@ -26,6 +27,7 @@ from protocol.errors import DataError, StoreError
 from protocol.plans.spec import TextSpec
 from protocol.queue.self_text import SelfText
 from protocol.results.formats import SAVED_TEXT
+from protocol.runtime.paths import SMOLLM2
 
 TEMPERATURE = 1.0
 TOP_K = 50
@@ -45,7 +47,12 @@ log = structlog.get_logger()
 
 
 def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
-    """Return tokens (long, [windows, length]) sampled from the dense model, from the cache if they are there."""
+    """Return tokens (long, [windows, length]) sampled from the dense model.
+
+    They are read if they are kept, or if the model is `smollm2`, whose text lies in this package.
+    """
+    if model.name == SMOLLM2 and (beforehand := written_beforehand(windows, length, seed)) is not None:
+        return beforehand
     key = {
         "weights": model.identity,
         "dtype": str(model.causal_lm.dtype),

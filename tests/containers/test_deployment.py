@@ -99,7 +99,7 @@ def test_a_search_starts_and_says_how_far_it_is(project: Project) -> None:
         project.until(lambda: status_after_kill(project).get("candidates"), 600)  # the first outcome is the baseline's
         project.documented("logs -f", instead=(" -f", ""))
         lines = [json.loads(line) for line in project.logs("cpu-worker").splitlines()]
-        left = [line["seconds_left"] for line in lines if line.get("stage") == "writing text"]
+        left = [line["seconds_left"] for line in lines if line.get("stage") == "calibrating"]
         assert left[0] is None and left[-1] == 0
         assert project.status()["candidates"] >= 1
     with step("HTTP API", "curl with and without the token", "200 with the status; 401"):

@@ -30,11 +30,13 @@ def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
 
 
 def _formula(pattern: str, rng: random.Random) -> str:
-    """Return a rule that the pattern of rules allows; the first group of names in it is that of the features."""
+    """Return a rule that the pattern of rules allows; the first group of names after a sign is that of the features."""
     names = re.search(r"\(([a-z_|]+)\)", pattern[pattern.index("(-)?") :])
     assert names is not None
-    terms = [f" {rng.choice('+-')} 0.{rng.randint(0, 99)}*{rng.choice(names[1].split('|'))}" for _ in range(3)]
-    text = "rate" + "".join(terms)
+    begin = re.match(r"\^([a-z_]+)", pattern)
+    assert begin is not None
+    terms = [f" {rng.choice('+-')} 0.0{rng.randint(1, 9)}*{rng.choice(names[1].split('|'))}" for _ in range(3)]
+    text = begin[1] + "".join(terms)
     assert re.search(pattern, text)
     return text
 

@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 from gpu_worker.measuring import self_text as module
 from gpu_worker.measuring.self_text import sample, self_text
+from gpu_worker.measuring.smollm2_text import LENGTH, WINDOWS, written_beforehand
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.progress import no_progress
 from tests.support.real_model import need_smollm2
@@ -73,3 +76,26 @@ def test_the_real_model_writes_words_and_no_special_token() -> None:
     written = sample(model, 4, 48, 0, no_progress)
     assert not set(written.flatten().tolist()) & set(model.tokenizer.all_special_ids)
     assert all(len(model.tokenizer.decode(row).split()) > 15 for row in written)
+
+
+def test_smollm2_reads_what_it_wrote_beforehand(model: LoadedModel) -> None:
+    smollm2 = dataclasses.replace(model, name="smollm2")
+    text = self_text(smollm2, 40, 256, 3, no_progress)
+    assert (text.shape, text.dtype) == ((40, 256), torch.long)
+    assert len({tuple(row) for row in text.tolist()}) == 40
+    assert torch.equal(text, self_text(smollm2, 40, 256, 3, no_progress))
+    assert not torch.equal(text, self_text(smollm2, 40, 256, 4, no_progress))
+    assert written_beforehand(WINDOWS + 1, 16, 0) is None and written_beforehand(1, LENGTH + 1, 0) is None
+
+
+@pytest.mark.model
+def test_the_text_of_smollm2_is_its_own() -> None:
+    """Its perplexity is that of text sampled at temperature 1, and it has no special tokens."""
+    need_smollm2()
+    model = load_model("smollm2", "bfloat16")
+    text = self_text(model, 4, 64, 0, no_progress)
+    assert not set(text.flatten().tolist()) & set(model.tokenizer.all_special_ids)
+    with torch.no_grad():
+        logits = model.causal_lm(input_ids=text).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+    assert 5 < loss.exp() < 30
