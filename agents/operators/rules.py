@@ -29,6 +29,17 @@ GENERATIONS, GENERATION_SIZE = 20, 16
 """Size of a tuning: the surrogate predicts this number of generations, each of this number of plans."""
 NOTICEABLE = 0.005
 """A part of a rule is left out if no rate changes by more than this."""
+CORRECTIONS = (
+    " - 0.05*attention - 0.04*fit_error",
+    " - 0.06*exp(-1.5*depth)",
+    " - 0.03*influence*mlp - 0.08*attention*first",
+    " + 0.04*tanh(influence) - 0.05*last",
+    " - 0.03*outliers - 0.07*where(depth < 0.1, 1.0, 0.0)",
+    " - 0.06*sqrt(depth)*mlp + 0.02*lost_score",
+)
+"""What examples add to the beginning of a rule: what a prompt shows, and what random search begins with too."""
+EXAMPLE_SHARE = 0.5
+"""Share of the first random rules that are examples with other numbers."""
 MIN_OUTCOMES = 4
 """Number of measured candidates from which on numbers are tuned. Before, the surrogate knows sensitivity only."""
 
@@ -146,14 +157,29 @@ def _size(rule: Rule) -> int:
     return sum(1 for _ in rule.tree)
 
 
-def random_rule(rng: random.Random, view: View) -> Rule:
-    """Return a start plus a few random terms, each a number times a feature, or times a feature of one kind.
+def beginning(features: Sequence[str]) -> str:
+    """Return the feature that rules begin with: the allocation by sensitivity, or the rate if it was not measured."""
+    return "least_damage" if "least_damage" in features else "rate"
 
-    The start is the allocation by sensitivity, or the rate if sensitivity was not measured.
+
+def examples(view: View) -> list[str]:
+    """Return the examples of rules that this search's features allow."""
+    usable = usable_features(view)
+    texts = (beginning(usable) + correction for correction in CORRECTIONS)
+    return [text for text in texts if Rule.parse(text).features <= {*usable}]
+
+
+def random_rule(rng: random.Random, view: View) -> Rule:
+    """Return an example with other numbers, or its beginning plus a few random terms.
+
+    A term is a number times a feature, or times a feature of one kind.
     """
-    tree = Node("least_damage" if "least_damage" in usable_features(view) else "rate")
+    tree = Node(beginning(usable_features(view)))
     if not differing_features(view):
         return Rule.of(tree)
+    if rng.random() < EXAMPLE_SHARE and (able := examples(view)):
+        example = Rule.parse(rng.choice(able))
+        return example.with_numbers([number * rng.uniform(0.5, 2) for number in example.numbers])
     for _ in range(rng.randint(*TERMS)):
         tree = Node("+", (tree, _term(rng, view)))
     return Rule.of(tree)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from agents.operators.rules import is_tuned, proposal_of, rule_of, tuned, usable_features
+from agents.operators.rules import beginning, examples, is_tuned, proposal_of, rule_of, tuned, usable_features
 from agents.population.submission import Call
 from agents.population.view import Member, Proposal, View
 from agents.prompting.descriptions import fitness_in_words, prediction_in_words
@@ -27,15 +27,6 @@ MIN_POINTS = 4
 SHOWN_EFFECTS = 4
 MAX_TERMS = 3
 """Maximum number of terms that the pattern allows, so that no rule that it allows is too large."""
-CORRECTIONS = (
-    " - 0.05*attention - 0.04*fit_error",
-    " - 0.06*exp(-1.5*depth)",
-    " - 0.03*influence*mlp - 0.08*attention*first",
-    " + 0.04*tanh(influence) - 0.05*last",
-    " - 0.03*outliers - 0.07*where(depth < 0.1, 1.0, 0.0)",
-    " - 0.06*sqrt(depth)*mlp + 0.02*lost_score",
-)
-"""What the examples of rules add to their beginning."""
 SHOWN_EXAMPLES = 2
 INITIAL_IDEAS = (
     ("sensitivity", "the most sensitive ones may need more or less than least_damage gives"),
@@ -105,19 +96,12 @@ def formula_pattern(features: tuple[str, ...], *, tuned: bool = True) -> str:
     return rf"^{start}( [+-] {term}){{1,{MAX_TERMS}}}$"
 
 
-def beginning(features: Sequence[str]) -> str:
-    """Return the feature that rules begin with: the allocation by sensitivity, or the rate if it was not measured."""
-    return "least_damage" if "least_damage" in features else "rate"
-
-
 def examples_of(view: View, variant: int) -> list[str]:
     """Return examples of rules that this search's features allow, other ones for the next variant.
 
     Small models copy what they are shown, so each question shows few examples, and different ones.
     """
-    usable = usable_features(view)
-    texts = (beginning(usable) + correction for correction in CORRECTIONS)
-    able = [text for text in texts if Rule.parse(text).features <= {*usable}]
+    able = examples(view)
     return [able[(variant + i) % len(able)] for i in range(min(SHOWN_EXAMPLES, len(able)))]
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.operators.rules import CORRECTIONS
 from agents.population.submission import Call
-from agents.prompting.rules import CORRECTIONS, features_in_words, formula_pattern, rules_prompt, where_wrong
+from agents.prompting.rules import features_in_words, formula_pattern, rules_prompt, where_wrong
 from protocol.errors import InvalidReply
 from protocol.plans.features import FEATURES
 from protocol.plans.rule import Rule
