@@ -37,6 +37,7 @@ from daemon.settings.target import DataSettings
 from gpu_worker.speed.engines import engines_named
 from protocol.errors import SettingsError
 from protocol.plans.spec import Role, TextSpec
+from protocol.results.needs import SENSITIVITY_TOKENS
 from protocol.runtime.paths import expanded
 
 UTILISATION = 0.4
@@ -63,7 +64,6 @@ TASK_TOKENS = {
 }
 """Number of items of each task, and tokens per item with all choices."""
 TAYLOR_TOKENS = 640
-SENSITIVITY_TOKENS = 1024
 UNITS = 64
 """Assumed number of units whose sensitivity is measured, while the model's shape is unknown."""
 ALPACA_EXAMPLES = 10_000

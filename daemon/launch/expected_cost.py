@@ -11,7 +11,7 @@ from daemon.search.rehearsal import Questions
 from daemon.settings.settings import Settings
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Role, SearchSpec, TextSpec
-from protocol.results.needs import DeviceSpeed, Needs
+from protocol.results.needs import SENSITIVITY_TOKENS, DeviceSpeed, Needs
 from protocol.runtime.paths import SMOLLM2
 
 SHARES_OF_PEAK = (0.6, 0.4, 0.25)
@@ -25,8 +25,6 @@ REPLY_LENGTH = (0.5, 0.8, 4.0)
 """Tokens of a reply divided by those that its form needs; models that reason first take the most."""
 TOKENS_PER_SECOND = (120.0, 60.0, 15.0)
 """How fast an endpoint that was not asked writes its replies."""
-SENSITIVITY_TOKENS = 1024
-"""Tokens on which a worker measures the sensitivity of each unit (gpu_worker/models/limits.py)."""
 TOKENS_OF_TEXTS: dict[tuple[str, Role], int] = {("wikitext2", "fitness"): 270_000, ("wikitext2", "report"): 335_000}
 """About as many tokens as whole splits have, for texts that cannot be read here."""
 UNKNOWN_TOKENS = 300_000

@@ -21,16 +21,13 @@ from daemon.monitor.drawing import (
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.summary import columns_of
 from protocol.plans.allocation import uniform_label
-from protocol.plans.candidate import Measured, Source
+from protocol.plans.candidate import SOURCE_NAMES, Measured, Source
 from protocol.plans.shape import Unit
 from protocol.plans.spec import MEASURE_NAMES
 
 WIDTH = 760
 LEFT = 62
 SOURCE_COLOURS: dict[Source, str] = {"llm": BLUE, "classical": ORANGE, "fallback": GREY, "allocation": GREEN}
-SOURCE_NAMES: dict[Source, str] = {
-    "llm": "by the LLM", "classical": "by an optimiser", "fallback": "by the fallback", "allocation": "allocations",
-}  # fmt: skip
 MEMBERS_SHOWN = 40
 """Candidates in the chart of the population, best first."""
 LABEL_HEIGHT = 14.0

@@ -4,8 +4,7 @@ from collections import deque
 from typing import Any
 
 from agents.population.population import Population
-from daemon.monitor.charts import SOURCE_NAMES
-from protocol.plans.candidate import Candidate, Measured
+from protocol.plans.candidate import SOURCE_NAMES, Candidate, Measured
 from protocol.plans.shape import Unit
 
 GENERATIONS = 6

@@ -13,12 +13,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from agents.population.population import Evaluation
-from daemon.monitor.charts import SOURCE_NAMES, draw_population, draw_progress, draw_rates
+from daemon.monitor.charts import draw_population, draw_progress, draw_rates
 from daemon.monitor.drawing import Drawing
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.summary import columns_of, lines_of
 from protocol.errors import UsageError
-from protocol.plans.candidate import Failed, Measured
+from protocol.plans.candidate import SOURCE_NAMES, Failed, Measured
 from protocol.plans.spec import FIGURE_DIGITS, MEASURE_NAMES
 from protocol.runtime.files import write_atomically
 

@@ -11,11 +11,10 @@ from rich.table import Table
 
 from agents.population.population import Evaluation, Population
 from daemon.monitor.status import llm_tokens
-from daemon.monitor.watch_screen import SOURCES
 from daemon.search.figures import best_allocation, best_rule
 from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
-from protocol.plans.candidate import Measured, candidate_id
+from protocol.plans.candidate import SOURCE_NAMES, Measured, candidate_id
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.shape import Granularity
@@ -240,7 +239,7 @@ def _lines(summary: Summary) -> list[str]:
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
     outcome = summary.candidates["by_outcome"]
-    sources = {SOURCES[name]: count for name, count in summary.candidates["by_source"].items()}
+    sources = {SOURCE_NAMES[name]: count for name, count in summary.candidates["by_source"].items()}
     used = summary.tokens
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     is_worth_it = summary.best and summary.improved is not False

@@ -13,7 +13,7 @@ from agents.population.population import Evaluation
 from daemon.monitor.events import Event
 from daemon.monitor.status import Status
 from daemon.search.figures import Figures
-from protocol.plans.candidate import Measured
+from protocol.plans.candidate import SOURCE_NAMES, Measured
 from protocol.queue.worker_status import WorkerStatus
 
 SHOWN_MEMBERS = 5
@@ -63,10 +63,6 @@ class Screen:
             room -= HEAD_LINES + len(best)
         events = list(self._events)[-max(FEWEST_EVENTS, room) :]
         return Group(*parts, workers, *(plain(event, "dim", no_wrap=True) for event in events))
-
-
-SOURCES = {"llm": "LLM", "fallback": "fallback", "classical": "optimiser", "allocation": "seeds"}
-"""Names of candidate sources on a screen."""
 
 
 def status_tables(status: Status) -> Iterator[RenderableType]:
@@ -120,11 +116,11 @@ def _facts(status: Status, per_minute: float | None = None) -> Table:
     table.add_row("state", _state(status))
     if status.preparing:
         table.add_row("step", plain(_step(status.preparing)))
-    parents = SOURCES.get(status.parents_source or "", "–")
+    parents = SOURCE_NAMES[status.parents_source] if status.parents_source else "–"
     table.add_row("round", f"{status.round}, parents chosen by {parents}")
     stopped = f", {status.stopped} stopped early" if status.stopped else ""
     table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{stopped}{pace}")
-    made = [f"{SOURCES.get(name, name)} {count}" for name, count in status.by_source.items()]
+    made = [f"{SOURCE_NAMES[name]} {count}" for name, count in status.by_source.items()]
     table.add_row("made by", ", ".join(made))
     table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
     table.add_row("kl" if status.fitness == "kl" else "perplexity", status.figures.in_words())
@@ -180,7 +176,7 @@ def _members(status: Status, members: Sequence[Evaluation]) -> Table:
             who = member.candidate.provenance
             fitness = f"{member.outcome.fitness:,.4f}"
             table.add_row(
-                str(rank), plain(member.candidate.id), fitness, who.agent, SOURCES[who.source], str(who.round)
+                str(rank), plain(member.candidate.id), fitness, who.agent, SOURCE_NAMES[who.source], str(who.round)
             )
     return table
 

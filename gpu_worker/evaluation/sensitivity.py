@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_worker.measuring.divergence import DensePredictions, divergence_from, predictions_from
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.limits import SENSITIVITY_TOKENS, SENSITIVITY_WINDOWS
+from gpu_worker.models.limits import SENSITIVITY_WINDOWS
 from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning.layerwise import LayerCall, record_calls
 from gpu_worker.pruning.ordered_model import OrderedModel
@@ -21,6 +21,7 @@ from protocol.plans.plan import LayerPlan, dense_plan
 from protocol.plans.shape import Unit
 from protocol.plans.single_unit_pruning import single_unit_plan
 from protocol.plans.spec import SearchSpec
+from protocol.results.needs import SENSITIVITY_TOKENS
 
 
 def measure_sensitivity(

@@ -1,6 +1,6 @@
 """Text that SmolLM2 wrote beforehand, so that a first search with it does not wait minutes until it has written.
 
-`python -m gpu_worker.measuring.smollm2_text` writes the file again, in ten minutes on a CPU with bf16 instructions.
+`sample` in self_text.py wrote it in bfloat16 with seed 0.
 """
 
 from importlib.resources import as_file, files
@@ -22,18 +22,3 @@ def written_beforehand(windows: int, length: int, seed: int) -> Tensor | None:
         tokens = torch.from_numpy(numpy.load(file, allow_pickle=False).astype(numpy.int64))
     chosen = torch.randperm(WINDOWS, generator=torch.Generator().manual_seed(seed))[:windows]
     return tokens[chosen, :length]
-
-
-def main() -> None:
-    """Write the file."""
-    from gpu_worker.measuring.self_text import sample
-    from gpu_worker.models.loading import load_model
-    from gpu_worker.progress import no_progress
-
-    tokens = sample(load_model("smollm2", "bfloat16"), WINDOWS, LENGTH, 0, no_progress)
-    with as_file(_FILE) as file:
-        numpy.save(file, tokens.numpy().astype("<u2"))
-
-
-if __name__ == "__main__":
-    main()

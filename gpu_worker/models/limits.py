@@ -6,9 +6,9 @@ they take 3 KB per prediction in bfloat16."""
 GRADIENT_SAMPLES, GRADIENT_TOKENS = 10, 64
 """Number of samples, and of tokens per sample, for gradient importance, as in LLM-Pruner. Samples are the beginnings of
 calibration windows."""
-SENSITIVITY_WINDOWS, SENSITIVITY_TOKENS = 16, 1024
-"""Number of windows, and of tokens in all of them together, on which sensitivity is measured. Many short windows show
-more than a few long ones: the first attention block of SmolLM2 does great harm in some windows and little in most."""
+SENSITIVITY_WINDOWS = 16
+"""Number of windows that the tokens of a sensitivity come from. Many short windows show more than a few long ones: the
+first attention block of SmolLM2 does great harm in some windows and little in most."""
 ROWS_PER_CHUNK = 1024
 """Number of rows of a weight converted to fp32 or fp64 at a time. All rows of a large model's weight would take
 gigabytes."""

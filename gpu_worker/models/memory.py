@@ -15,11 +15,11 @@ from gpu_worker.models.limits import (
     KL_TOP_K,
     LOGITS_CHUNK_BYTES,
     ROWS_PER_CHUNK,
-    SENSITIVITY_TOKENS,
 )
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.results.finetuning import Recipe
+from protocol.results.needs import SENSITIVITY_TOKENS
 
 FP32 = INT32 = 4
 BYTES_PER_TRAINED_PARAMETER = 4 * FP32

@@ -25,6 +25,10 @@ comparison only and never enters the population."""
 Source = Literal["llm", "fallback", "classical", "allocation"]
 """The source of the rates: the LLM, the fallback if no endpoint gives a usable answer, an operator or optimiser
 without an LLM that the settings choose (`classical`), or an allocation."""
+SOURCE_NAMES: dict[str, str] = {
+    "llm": "LLM", "fallback": "fallback", "classical": "optimiser", "allocation": "allocation",
+}  # fmt: skip
+"""The sources in the words of tables and charts."""
 Step = Literal["rules", "moves", "plans"]
 """What made a candidate: a formula for all rates, moves of rate between a few units, or a whole plan by the surrogate.
 """

@@ -6,6 +6,9 @@ from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Role
 from protocol.plans.value import Value
 
+SENSITIVITY_TOKENS = 1024
+"""Tokens on which the sensitivity of each unit is measured."""
+
 
 class Needs(Value):
     """The target model, its texts and its memory, with errors as sentences."""

@@ -66,7 +66,7 @@ def texts_of(drawing: Drawing) -> list[str]:
 def test_progress_is_the_best_so_far_divided_by_uniform() -> None:
     drawing = draw_progress(record_of(18.0, 24.0, 16.0))
     said = texts_of(drawing)
-    assert "best 0.8" in said and "uniform 1" in said and "by the LLM" in said
+    assert "best 0.8" in said and "uniform 1" in said and "LLM" in said
     assert "perplexity ÷ uniform" in said[0] or any("÷ uniform" in text for text in said)
     without = texts_of(draw_progress(record_of(18.0, 16.0, uniform=None)))
     assert "best 16" in without and not any("÷" in text for text in without)

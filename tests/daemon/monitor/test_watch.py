@@ -116,7 +116,7 @@ async def test_a_server_that_goes_away_while_it_is_asked_gets_one_sentence(serve
 def test_the_screen_says_where_the_search_is(tmp_path: Path) -> None:
     first = candidates(1)[0]
     text = shown(screen_after(STATUS), STATUS, [Evaluation(first, measured(12.345, first), 0)])
-    parts = ("30% removed", "running", "1 failed, 4 stopped early", "LLM 7, fallback 2, seeds 3")
+    parts = ("30% removed", "running", "1 failed, 4 stopped early", "LLM 7, fallback 2, allocation 3")
     for part in (
         *parts,
         "3 queued, 1 running",
