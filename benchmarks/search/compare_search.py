@@ -41,7 +41,7 @@ from benchmarks.search.searches import (
     result_before,
     result_of,
 )
-from benchmarks.search.table import show
+from benchmarks.search.table import show, show_progress
 from daemon.launch.launch import Launch
 from daemon.local.llm_server import find_gguf
 from daemon.local.services import local_llm
@@ -223,6 +223,7 @@ def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argpa
             arguments["minimise"],
             arguments["reconstruction"],
         )
+        show_progress([r for r in results if r["rate"] == rate], rate, WITHOUT_LLM)
     plot(results, given.out)
 
 
