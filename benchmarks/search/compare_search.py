@@ -70,6 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rules": {"initializer": "rules", "selector": "tournament", "mutator": "rules", "crossover": "rules"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "plans": {"initializer": "plans", "selector": "tournament", "mutator": "plans", "crossover": "ranked"},
+    "rules-first": {"initializer": "rules", "selector": "tournament", "mutator": "plans", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "moves"},
     "llm-rules": {"reply": "rules"},
@@ -84,7 +85,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
 parents by tournaments. `rules` is genetic programming over rules, and such choices in turn; `llm-rules` is the same
-with the LLM. `plans` is the optimiser alone, `llm-share` gives the LLM 30 % of its offspring. `llm` asks it for all.
+with the LLM. `plans` is the optimiser alone, `rules-first` the same after first candidates from rules, `llm-share`
+gives the LLM 30 % of its offspring. `llm` asks it for all.
 The methods after these are ablations, each of which changes one thing. `tournament` and `joint` are ablations of
 `llm-edits`, because with any selection moves mostly begin at the best configuration. CMA-ES has larger generations,
 because it is designed for them."""
@@ -96,7 +98,7 @@ NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which joined calls may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
-WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked", "plans", "rules")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked", "plans", "rules", "rules-first")
 
 
 def _parser() -> argparse.ArgumentParser:
