@@ -39,7 +39,7 @@ CORRECTIONS = (
 )
 """What examples add to the beginning of a rule: what a prompt shows, and what random search begins with too."""
 EXAMPLE_SHARE = 0.5
-"""Share of the first random rules that are examples with other numbers."""
+"""Share of random rules that are examples with other numbers."""
 MIN_OUTCOMES = 4
 """Number of measured candidates from which on numbers are tuned. Before, the surrogate knows sensitivity only."""
 

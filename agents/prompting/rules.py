@@ -29,7 +29,7 @@ MAX_TERMS = 3
 """Maximum number of terms that the pattern allows, so that no rule that it allows is too large."""
 SHOWN_EXAMPLES = 2
 INITIAL_IDEAS = (
-    ("sensitivity", "the most sensitive ones may need more or less than least_damage gives"),
+    ("least_damage", "the most sensitive ones may need more or less than least_damage gives"),
     ("depth", "the first layers and the last are special"),
     ("influence", "what changes its input little can go"),
     ("attention", "attention and mlp need different formulas"),
@@ -68,7 +68,7 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
     return Prompt(
         name=name,
         text=text,
-        schema=lambda count: rules_schema(formula_pattern(usable_features(view), tuned=is_tuned(view)), count),
+        schema=lambda count: rules_schema(formula_pattern(usable_features(view), are_tuned=is_tuned(view)), count),
         parse=lambda text, count: parse_objects(text, RuleReply, use, count),
         tokens_per_item=TOKENS_PER_RULE,
         refine=refine,
@@ -77,18 +77,19 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
 
 
 @functools.lru_cache(maxsize=8)
-def formula_pattern(features: tuple[str, ...], *, tuned: bool = True) -> str:
-    """Return a regular expression for the beginning of rules and up to `MAX_TERMS` terms: numbers times features.
+def formula_pattern(features: tuple[str, ...], *, are_tuned: bool = True) -> str:
+    """Return a regular expression for the beginning of rules and up to `MAX_TERMS` terms.
 
-    Numbers that are not tuned afterwards are small. Small models need the pattern: without it, few of their rules
-    begin with what was measured. If an endpoint does not enforce it, any rule that can be read is accepted.
+    A term is a number times a feature, or times a function or a step of one. Numbers that are not tuned afterwards are
+    small. Small models need the pattern: without it, few of their rules begin with what was measured. If an endpoint
+    does not enforce it, any rule that can be read is accepted.
     """
     feature = f"({'|'.join(name for name in features if name != 'rate')})"
     start = beginning(features)
     if feature == "()":
         return f"^{start}$"
     number = r"[0-2]\.[0-9]{1,2}"
-    size = number if tuned else r"0\.0[1-9]"
+    size = number if are_tuned else r"0\.0[1-9]"
     function = rf"(tanh|abs|exp|sqrt)\((-)?({number}\*)?{feature}\)"
     step = rf"where\({feature} [<>] (-)?{number}, {number}, {number}\)"
     factor = f"({feature}|{function}|{step})"

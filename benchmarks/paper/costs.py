@@ -9,9 +9,9 @@ The functions below count these tokens for each command:
 - A model pruned by β needs 1 − β of the dense model's time per token (embeddings and head are small).
 - Scoring reads the calibration text once. `taylor` reads ten short sequences, and a backward pass costs two forward
   passes. Least-squares reconstruction reads the text once more, `sequential` twice more for each pruned model.
-- A search measures min(K + N·(M + S), max_evaluations) candidates on the fitness text, then dense, uniform and best on
-  the report text, and each unit's sensitivity through half of the layers. The time of LLM calls is not estimated, but
-  finished searches include it.
+- A search measures min(K + N·(M + S), max_evaluations) candidates on the fitness text, then dense, uniform, the best
+  allocation if there is one, and the best on the report text, and each unit's sensitivity through half of the layers.
+  The time of LLM calls is not estimated, but finished searches include it.
 - The seven zero-shot tasks have 20,465 items, about 5.9 million tokens with all choices; a limit reduces them.
 - Fine-tuning costs three passes per token. Generating a token costs `GENERATED` passes, because it is memory-bound.
 - A text file has one token per 4 bytes, minus the windows that other roles take from it. Generating text and downloads
@@ -114,7 +114,7 @@ def search_tokens(settings: Settings) -> float:
     fitness, report = text_tokens("fitness", roles), text_tokens("report", roles)
     fitted = search.reconstruction == "least-squares"
     calibration = (1 + fitted) * data.calibration_windows * data.seqlen
-    measured = fitness * (1 + (1 - rate) * (search.planned + 1)) + report * (1 + 2 * (1 - rate))
+    measured = fitness * (1 + (1 - rate) * (search.planned + 1)) + report * (1 + (2 + bool(search.seeds)) * (1 - rate))
     return calibration + measured + UNITS * SENSITIVITY_TOKENS / 2
 
 

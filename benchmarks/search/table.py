@@ -134,16 +134,16 @@ def _control(by_method: Mapping[str, BySeed], without_llm: Collection[str], budg
 
 
 def _after(result: dict[str, Any], evaluations: int) -> float:
-    """Return the best fitness after this number of evaluations, as a share of uniform's."""
+    """Return the best fitness after this number of evaluations, as a share of uniform's; infinity if there is none."""
     so_far = result["best_so_far"]
     steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
-    return min((fitness for n, fitness in steps if n <= evaluations), default=math.nan) / float(result["uniform"])
+    return min((fitness for n, fitness in steps if n <= evaluations), default=math.inf) / float(result["uniform"])
 
 
 def _paired(rows: BySeed, others: BySeed, step: int) -> str:
     """Return on how many of the common seeds `rows` are better, and p of a two-sided sign-flip test."""
-    seeds = rows.keys() & others.keys()
-    gains = [math.log(_after(others[seed], step) / _after(rows[seed], step)) for seed in seeds]
+    pairs = [(_after(rows[seed], step), _after(others[seed], step)) for seed in sorted(rows.keys() & others.keys())]
+    gains = [math.log(theirs / ours) for ours, theirs in pairs if math.isfinite(ours + theirs)]
     if not gains:
         return ""
     return f"{sum(gain > 0 for gain in gains)} of {len(gains)}, p {sign_flip_p(gains):.2f}"
@@ -152,5 +152,6 @@ def _paired(rows: BySeed, others: BySeed, step: int) -> str:
 def sign_flip_p(gains: Sequence[float]) -> float:
     """Return the share of all sign flips of `gains` whose sum is at least as far from zero: a permutation test."""
     found = abs(sum(gains)) * (1 - 1e-9)
-    flips = list(product((1, -1), repeat=len(gains)))
-    return sum(abs(sum(s * g for s, g in zip(signs, gains, strict=True))) >= found for signs in flips) / len(flips)
+    flips = product((1, -1), repeat=len(gains))
+    extreme = sum(abs(sum(s * g for s, g in zip(signs, gains, strict=True))) >= found for signs in flips)
+    return extreme / float(2 ** len(gains))

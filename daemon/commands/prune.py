@@ -125,8 +125,7 @@ def make_smaller(
     goal = Goal(settings.search.name, settings.folder, settings.spec(), destination, tuning)
     goal, before = check_before_search(goal)
     try:
-        request, summary = _searched(settings, run_search)
-        searched = search_summary(summary, record_of_best(settings.folder, summary.rates))
+        request, summary, searched = _searched(settings, run_search)
         with show() as progress:
             finished = finish(goal, before, request, searched, progress)
         result = _result(goal.search, summary, searched, request, finished)
@@ -234,8 +233,8 @@ def _tuning(given: FinetuneFlags, destination: Destination, settings: Settings) 
     return Tuning(data, recipe, given.finetune_minutes)
 
 
-def _searched(settings: Settings, run_search: RunSearch) -> tuple[PruningRequest, Summary]:
-    """Run or resume the search; return its best candidate as a request, and its summary."""
+def _searched(settings: Settings, run_search: RunSearch) -> tuple[PruningRequest, Summary, SearchSummary]:
+    """Run or resume the search; return its best candidate as a request, its summary, and what its export says of it."""
     summary, interrupted = run_search(settings)
     if interrupted is not None:
         raise Interrupted(interrupted)
@@ -243,7 +242,9 @@ def _searched(settings: Settings, run_search: RunSearch) -> tuple[PruningRequest
         raise SelfPrunerError(f"the search was stopped before its end; {RESUME_HINT}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
-    return request_of_search(_best(settings, summary.rates), f"search {settings.search.name}"), summary
+    best = _best(settings, summary.rates)
+    searched = search_summary(summary, record_of_best(settings.folder, str(best.get("id"))))
+    return request_of_search(best, f"search {settings.search.name}"), summary, searched
 
 
 def _best(settings: Settings, rates: tuple[float, ...]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def export(
         refuse_given("--search prunes with the search's settings", texts, how, options)
         best = asyncio.run(best_so_far(search, redis_url, folder))
         request = request_of_search(best.record, best.origin)
-        if (record := record_of_best(folder / search, best.record["rates"])) is not None:
+        if (record := record_of_best(folder / search, str(best.record.get("id")))) is not None:
             searched = search_summary(record.summary, record)
     elif model is not None:
         request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)

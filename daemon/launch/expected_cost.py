@@ -11,7 +11,7 @@ from daemon.search.rehearsal import Questions
 from daemon.settings.settings import Settings
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Role, SearchSpec, TextSpec
-from protocol.results.needs import SENSITIVITY_TOKENS, DeviceSpeed, Needs
+from protocol.results.needs import PREWRITTEN_LENGTH, PREWRITTEN_WINDOWS, SENSITIVITY_TOKENS, DeviceSpeed, Needs
 from protocol.runtime.paths import SMOLLM2
 
 SHARES_OF_PEAK = (0.6, 0.4, 0.25)
@@ -98,9 +98,10 @@ class Work:
         widths = [n for layer in shape.layers for n in (layer.query_heads * shape.head_dim, layer.mlp_channels)]
         fitted = spec.reconstruction == "least-squares"
         units = len(shape.units(spec.granularity))
-        report = 4 * tokens.get("report", 0) * whole
-        written = () if spec.model == SMOLLM2 else spec.texts.values()  # its text is there
-        own = [text for text in written if text.source == "self"]
+        report = 5 * tokens.get("report", 0) * whole  # dense, uniform, best allocation, best rule and best
+        own = [text for text in spec.texts.values() if text.source == "self"]
+        if spec.model == SMOLLM2 and _is_prewritten(own):
+            own = []
         steps = -(-sum(text.windows or 0 for text in own) // needs.texts_together) * spec.fitness.seqlen
         return cls(
             per_token=kept * decoder + 2 * needs.head_parameters,
@@ -115,6 +116,12 @@ class Work:
             writing=sum((text.windows or 0) * text.seqlen for text in own) * whole,
             read=steps * needs.weight_bytes,
         )
+
+
+def _is_prewritten(texts: list[TextSpec]) -> bool:
+    """Return whether texts of `smollm2` are in the package and need not be written."""
+    windows, longest = sum(text.windows or 0 for text in texts), max((text.seqlen for text in texts), default=0)
+    return windows <= PREWRITTEN_WINDOWS and longest <= PREWRITTEN_LENGTH
 
 
 def tokens_of(role: Role, text: TextSpec, needs: Needs) -> int:

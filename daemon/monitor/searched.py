@@ -1,6 +1,5 @@
 """What an export says of the search that found its rates: its cost, the uniform baseline and its charts."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from daemon.monitor.charts import draw_progress, draw_rates
@@ -11,14 +10,14 @@ from protocol.results.commands import SearchSummary
 from protocol.results.formats import SEARCH_CHARTS
 
 
-def record_of_best(folder: Path, rates: Sequence[float]) -> SearchRecord | None:
-    """Return the record of the search in `folder`; None if it has none, or if its best candidate has other rates."""
+def record_of_best(folder: Path, best_id: str) -> SearchRecord | None:
+    """Return the record of the search in `folder`; None if it cannot be read, or has another best candidate."""
     try:
         record = SearchRecord.read(folder)
-    except UsageError:
+    except (UsageError, OSError):
         return None
     best = record.population.best()
-    return record if best is not None and best.candidate.rates == tuple(rates) else None
+    return record if best is not None and best.candidate.id == best_id else None
 
 
 def search_summary(summary: Summary, record: SearchRecord | None) -> SearchSummary:
@@ -29,5 +28,7 @@ def search_summary(summary: Summary, record: SearchRecord | None) -> SearchSumma
         seconds=summary.seconds,
         uniform_perplexity=summary.uniform.perplexity,
         uniform_report_perplexity=summary.uniform.report_perplexity,
+        dense_perplexity=summary.dense.perplexity,
+        dense_report_perplexity=summary.dense.report_perplexity,
         charts={name: drawing.on_white for name, drawing in zip(SEARCH_CHARTS, drawings, strict=False)},
     )

@@ -239,7 +239,7 @@ def _lines(summary: Summary) -> list[str]:
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
     outcome = summary.candidates["by_outcome"]
-    sources = {SOURCE_NAMES[name]: count for name, count in summary.candidates["by_source"].items()}
+    sources = {SOURCE_NAMES.get(name, name): count for name, count in summary.candidates["by_source"].items()}
     used = summary.tokens
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     is_worth_it = summary.best and summary.improved is not False

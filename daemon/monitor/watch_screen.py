@@ -120,7 +120,7 @@ def _facts(status: Status, per_minute: float | None = None) -> Table:
     table.add_row("round", f"{status.round}, parents chosen by {parents}")
     stopped = f", {status.stopped} stopped early" if status.stopped else ""
     table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{stopped}{pace}")
-    made = [f"{SOURCE_NAMES[name]} {count}" for name, count in status.by_source.items()]
+    made = [f"{SOURCE_NAMES.get(name, name)} {count}" for name, count in status.by_source.items()]
     table.add_row("made by", ", ".join(made))
     table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
     table.add_row("kl" if status.fitness == "kl" else "perplexity", status.figures.in_words())

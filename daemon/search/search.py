@@ -131,4 +131,4 @@ class Search:
         if plan == self.state.spec.uniform_plan(self.state.profile.shape):
             return "uniform"
         found = reported(self.state.population)
-        return next((name for name, each in found.items() if each.candidate.plan == plan), "an earlier best")
+        return next((name for name, each in found.items() if each.candidate.plan == plan), "one that was best before")

@@ -48,7 +48,8 @@ class DataSettings(Section):
     """Number of windows of data.fitness; none means the whole text. With more windows, an evaluation takes longer; with
     few windows, the search overfits them."""
     report: str | None = None
-    """A held-out text on which the dense model, uniform pruning and the best candidate are measured at the end."""
+    """A held-out text on which the dense model, uniform pruning, the best allocation, the best rule and the best
+    candidate are measured at the end."""
     report_windows: PositiveInt | None = None
     """Number of windows of data.report; none means the whole text."""
     seqlen: int = Field(default=2048, ge=16)

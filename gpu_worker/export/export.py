@@ -1,5 +1,6 @@
 """`selfpruner export`: prunes, measures, and writes the model with its card."""
 
+import math
 import time
 
 from gpu_worker.evaluation.allocation import prepare
@@ -13,10 +14,13 @@ from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.plans.allocation import PruningRequest
 from protocol.plans.candidate import Measured
-from protocol.plans.profile import DensePerplexity
+from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.results.commands import ExportResult, SearchSummary
 from protocol.results.formats import Destination
+
+SAME_PERPLEXITY = 1e-3
+"""Largest relative difference between machines of the dense model's perplexity on the same tokens."""
 
 
 def export_once(
@@ -35,7 +39,7 @@ def export_once(
     target = prepare(request, progress, check=lambda model: _check(model, spec, destination))
     pruned = prune_and_measure(target, request.choice, progress)
     start = time.perf_counter()
-    facts = facts_of(pruned, request.method, searched)
+    facts = facts_of(pruned, request.method, searched and _on_same_tokens(searched, pruned.session.profile))
     content = ExportContent(target.model, facts, target.texts.fitness, saves_windows=spec.fitness.source == SELF)
     gguf = export_model(content, destination, progress)
     seconds = time.perf_counter() - start
@@ -56,6 +60,18 @@ def export_once(
         seconds=seconds,
         gguf=gguf,
     )
+
+
+def _on_same_tokens(searched: SearchSummary, profile: ModelProfile) -> SearchSummary:
+    """Return what is known of the search, without uniform pruning on texts that have other tokens here."""
+    changes: dict[str, None] = {}
+    for name, before, here in (
+        ("uniform_perplexity", searched.dense_perplexity, profile.dense),
+        ("uniform_report_perplexity", searched.dense_report_perplexity, profile.dense_report),
+    ):
+        if before is None or here is None or not math.isclose(before, here.perplexity, rel_tol=SAME_PERPLEXITY):
+            changes[name] = None
+    return searched.model_copy(update=changes)
 
 
 def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> None:

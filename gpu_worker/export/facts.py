@@ -24,6 +24,7 @@ from protocol.results.formats import FACTS, SEARCH_CHARTS
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Name of `smollm2` on the hub."""
+MAX_CHART_BYTES = 2_000_000
 NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
 """Keys of selfpruner.json that are not facts."""
 
@@ -116,9 +117,7 @@ def read_facts(folder: Path) -> ExportFacts:
         facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
         if facts.searched is None:
             return facts
-        files = (folder / name for name in SEARCH_CHARTS)
-        charts = {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-        return facts.model_copy(update={"searched": facts.searched.model_copy(update={"charts": charts})})
+        return facts.model_copy(update={"searched": facts.searched.model_copy(update={"charts": _charts(folder)})})
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         # pydantic's ValidationError is a ValueError with a very long message
         reason = "not what this version writes" if isinstance(error, ValidationError) else str(error)
@@ -139,3 +138,16 @@ def version_of_selfpruner() -> str:
         return version("self-pruner")
     except PackageNotFoundError:
         return "unknown"
+
+
+def _charts(folder: Path) -> dict[str, str]:
+    """Return the charts of an exported folder. A link is not followed, and a file that is no chart is left out."""
+    found = {}
+    for name in SEARCH_CHARTS:
+        file = folder / name
+        try:
+            if not file.is_symlink() and file.stat().st_size <= MAX_CHART_BYTES:
+                found[name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found

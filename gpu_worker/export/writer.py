@@ -21,7 +21,7 @@ from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
-from protocol.results.formats import FACTS, Destination, Format, Formats, GgufType
+from protocol.results.formats import FACTS, SEARCH_CHARTS, Destination, Format, Formats, GgufType
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def write_files(
         save_text(content.windows, folder)
     card = render_card(facts, formats, name=name, gguf=None if gguf is None else gguf.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    for chart, drawing in (facts.searched.charts if facts.searched else {}).items():
-        (folder / chart).write_text(drawing, encoding="utf-8")
+    charts = facts.searched.charts if facts.searched else {}
+    for chart in SEARCH_CHARTS:
+        if chart in charts:
+            (folder / chart).write_text(charts[chart], encoding="utf-8")
     write_json(folder / FACTS, _facts_json(facts, formats))
     return found
 

@@ -80,6 +80,9 @@ class SearchSummary(Value):
     seconds: float
     uniform_perplexity: float | None
     uniform_report_perplexity: float | None
+    dense_perplexity: float | None = None
+    """Dense perplexity in the search. An export measures it again, which shows whether its tokens are the same."""
+    dense_report_perplexity: float | None = None
     charts: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
     """Drawings of the search as SVG, by the names of SEARCH_CHARTS. An export keeps them as files beside its card."""
 

@@ -7,7 +7,9 @@ from protocol.plans.spec import Role
 from protocol.plans.value import Value
 
 SENSITIVITY_TOKENS = 1024
-"""Tokens on which the sensitivity of each unit is measured."""
+"""Number of tokens on which the sensitivity of each unit is measured."""
+PREWRITTEN_WINDOWS, PREWRITTEN_LENGTH = 160, 512
+"""Size of the text that `smollm2` comes with (gpu_worker/measuring/smollm2_text.py): windows, and tokens in each."""
 
 
 class Needs(Value):

@@ -62,7 +62,7 @@ def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.
     assert compare_search.main(["--methods", "--beside", llm, evolution, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
-    rows = {name: cells for name, *cells in lines}
+    rows = {name: cells for name, *cells in reversed(lines)}  # those of the first table
     assert rows["evolution"][:4] == ["0.750", "0.3000", "60.00", "7"]
     assert rows["llm"] == ["0.750", "0.2000", "60.00", "1", "1.00", "0.90", "45", "100", "0.80", "5,100"]
     assert rows["uniform, fitted"][:3] == ["1.000", "0.5000", "80.00"]

@@ -32,3 +32,10 @@ def test_methods_are_compared_with_the_strongest_one_without_an_llm(capsys: pyte
 def test_p_is_the_share_of_sign_flips_that_are_as_extreme() -> None:
     assert sign_flip_p([0.1, 0.2, 0.3, 0.4, 0.5]) == 2 / 32
     assert sign_flip_p([0.1, -0.1]) == 1
+
+
+def test_a_seed_without_any_outcome_so_far_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    late = result("llm", 0, 1.8) | {"best_so_far": {"evaluations": [9], "fitness": [1.2]}}
+    show_progress([late, result("llm", 1, 1.4), result("plans", 0, 1.8), result("plans", 1, 1.8)], 0.3, ("plans",))
+    shown = capsys.readouterr().out
+    assert "1 of 1, p 1.00" in shown and "2 of 2, p 0.50" in shown and "never" in shown

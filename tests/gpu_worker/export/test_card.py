@@ -148,6 +148,11 @@ def test_charts_lie_beside_the_card_and_are_read_with_the_facts(tmp_path: Path) 
     assert facts.searched == searched
     shown = section(render_card(facts, ("padded",), name="out"), "Pruning")
     assert "](search.svg)" in shown and "](rates.svg)" in shown
+    (tmp_path / "out" / "search.svg").write_bytes(b"\xff\xfe")  # no text
+    (tmp_path / "out" / "rates.svg").unlink()
+    (tmp_path / "out" / "rates.svg").symlink_to(tmp_path / "out" / "README.md")  # a link may lead to a private file
+    unreadable = read_facts(tmp_path / "out").searched
+    assert unreadable is not None and unreadable.charts == {}
     assert ".svg" not in card(searched=searched.model_copy(update={"charts": {}}))
 
 

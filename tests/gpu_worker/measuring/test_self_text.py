@@ -5,7 +5,7 @@ import torch
 
 from gpu_worker.measuring import self_text as module
 from gpu_worker.measuring.self_text import sample, self_text
-from gpu_worker.measuring.smollm2_text import LENGTH, WINDOWS, written_beforehand
+from gpu_worker.measuring.smollm2_text import written_beforehand
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.progress import no_progress
 from tests.support.real_model import need_smollm2
@@ -85,7 +85,7 @@ def test_smollm2_reads_what_it_wrote_beforehand(model: LoadedModel) -> None:
     assert len({tuple(row) for row in text.tolist()}) == 40
     assert torch.equal(text, self_text(smollm2, 40, 256, 3, no_progress))
     assert not torch.equal(text, self_text(smollm2, 40, 256, 4, no_progress))
-    assert written_beforehand(WINDOWS + 1, 16, 0) is None and written_beforehand(1, LENGTH + 1, 0) is None
+    assert written_beforehand(161, 16, 0) is None and written_beforehand(1, 513, 0) is None
 
 
 @pytest.mark.model
