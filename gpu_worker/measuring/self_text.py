@@ -51,8 +51,8 @@ def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress
 
     They are read if they are kept, or if the model is `smollm2`, whose text lies in this package.
     """
-    if model.name == SMOLLM2 and (beforehand := written_beforehand(windows, length, seed)) is not None:
-        return beforehand
+    if model.name == SMOLLM2 and (text := written_beforehand(windows, length, seed)) is not None:
+        return text
     key = {
         "weights": model.identity,
         "dtype": str(model.causal_lm.dtype),
