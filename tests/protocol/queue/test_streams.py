@@ -218,8 +218,8 @@ async def test_repeated_enqueues_while_connections_are_being_cut_leave_one_entry
             await asyncio.sleep(0.01 * 1.02**cuts)  # ever seldomer: a busy machine needs longer between two of them
 
     cutting = asyncio.create_task(cut())
-    await asyncio.gather(*(streams.queue.enqueue(c) for c in many for _ in range(5)))
-    assert cuts > 1
+    while cuts < 3:  # a fast machine enqueues them all between two cuts
+        await asyncio.gather(*(streams.queue.enqueue(c) for c in many for _ in range(5)))
     enough.set()
     await cutting
     await killer.aclose()
