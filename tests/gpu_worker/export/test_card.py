@@ -146,8 +146,9 @@ def test_charts_lie_beside_the_card_and_are_read_with_the_facts(tmp_path: Path) 
     assert "<svg>" not in (tmp_path / "out" / "selfpruner.json").read_text()
     facts = read_facts(tmp_path / "out")
     assert facts.searched == searched
-    shown = section(render_card(facts, ("padded",), name="out"), "Pruning")
-    assert "](search.svg)" in shown and "](rates.svg)" in shown
+    text = render_card(facts, ("padded",), name="out")
+    assert "](search.svg)" in section(text, "Pruning") and "](rates.svg)" in section(text, "Pruning")
+    assert "\n\n\n" not in text
     (tmp_path / "out" / "search.svg").write_bytes(b"\xff\xfe")  # no text
     (tmp_path / "out" / "rates.svg").unlink()
     (tmp_path / "out" / "rates.svg").symlink_to(tmp_path / "out" / "README.md")  # a link may lead to a private file
