@@ -120,6 +120,7 @@ def simplified(view: View, rule: Rule) -> Rule:
     def is_same(other: Rule) -> bool:
         return bool(np.abs(rates(other) - wanted).max() <= NOTICEABLE)
 
+    rule = next(filter(is_same, [_collected(rule)]), rule)
     while shorter := next(filter(is_same, _shorter(rule)), None):
         rule = shorter
     for i in range(len(rule.numbers)):
@@ -130,6 +131,54 @@ def simplified(view: View, rule: Rule) -> Rule:
         if is_same(rounded):
             return rounded
     return rule
+
+
+def _collected(rule: Rule) -> Rule:
+    """Return the rule with equal terms of its sum added up: `1.24*depth - 1.2*depth` becomes `0.04*depth`."""
+    found = list(_terms(rule.tree, 1.0))
+    terms: dict[Node, float] = {}
+    for number, factor in found:
+        terms[factor] = terms.get(factor, 0.0) + number
+    if len(terms) == len(found):
+        return rule
+    tree: Node | None = None
+    for factor, number in sorted(terms.items(), key=lambda term: term[1] < 0):  # a positive term first
+        sized = factor if abs(number) == 1 else _times(abs(number), factor)
+        if tree is None:
+            tree = sized if number >= 0 else Node("-", (Node(0.0), sized))
+        else:
+            tree = Node("+" if number >= 0 else "-", (tree, sized))
+    return rule if tree is None else _sound(tree, rule)
+
+
+def _terms(tree: Node, sign: float) -> Iterator[tuple[float, Node]]:
+    """Yield each term of a sum as a number and what it is multiplied by."""
+    if tree.head in ("+", "-") and len(tree.parts) == 2:
+        yield from _terms(tree.parts[0], sign)
+        yield from _terms(tree.parts[1], sign if tree.head == "+" else -sign)
+    elif tree.head == "negative":
+        yield from _terms(tree.parts[0], -sign)
+    else:
+        number, factor = _factored(tree)
+        yield sign * number, factor
+
+
+def _times(number: float, factor: Node) -> Node:
+    """Return the product, with the number at its beginning."""
+    if factor.head == "*":
+        return Node("*", (_times(number, factor.parts[0]), factor.parts[1]))
+    return Node("*", (Node(number), factor))
+
+
+def _factored(term: Node) -> tuple[float, Node]:
+    """Return the number that a product begins with, and the rest of it; 1 and the term if it begins with none."""
+    if term.head == "*":
+        first, second = term.parts
+        if isinstance(first.head, float):
+            return first.head, second
+        number, rest = _factored(first)
+        return number, Node("*", (rest, second))
+    return 1.0, term
 
 
 def _with_number(rule: Rule, which: int, number: float) -> Rule:

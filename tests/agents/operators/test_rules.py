@@ -223,6 +223,8 @@ def test_a_step_is_recorded_with_its_candidate() -> None:
         ("rate + 0.00001*tanh(size)", "rate"),
         ("rate - 0.1*attention", "rate - 0.1*attention"),
         ("rate - 40*first", "rate - 2*first"),
+        ("rate + 1.25*depth*mlp - 1.05*depth*mlp", "rate + 0.2*depth*mlp"),
+        ("rate - 0.3*depth + (depth - 0.6*depth)", "rate + 0.1*depth"),
     ],
 )
 def test_parts_without_effect_are_left_out(rule: str, shorter: str) -> None:
