@@ -120,7 +120,8 @@ def simplified(view: View, rule: Rule) -> Rule:
     def is_same(other: Rule) -> bool:
         return bool(np.abs(rates(other) - wanted).max() <= NOTICEABLE)
 
-    rule = next(filter(is_same, [_collected(rule)]), rule)
+    if is_same(collected := _collected(rule)):
+        rule = collected
     while shorter := next(filter(is_same, _shorter(rule)), None):
         rule = shorter
     for i in range(len(rule.numbers)):

@@ -97,6 +97,12 @@ def test_the_pattern_allows_sensible_rules(text: str) -> None:
     assert re.search(PATTERN, text) and parse(text.replace("sensitivity", "depth"))
 
 
+def test_numbers_that_nothing_tunes_are_small() -> None:
+    untuned = formula_pattern(tuple(FEATURES), are_tuned=False)
+    assert re.search(untuned, "least_damage - 0.05*depth*mlp") and not re.search(untuned, "least_damage - 0.5*depth")
+    assert re.search(PATTERN, "least_damage - 0.5*depth")
+
+
 def test_a_rule_of_a_reply_may_have_any_form_that_can_be_read() -> None:
     assert parse("min(rate, 0.2) - a*depth*depth with a = 0.5") == ["min(rate, 0.2) - 0.5*depth*depth"]
 

@@ -7,12 +7,14 @@ import yaml
 from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
+from gpu_worker.export.export import _on_same_tokens
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, read_facts, version_of_selfpruner, without_folders
 from gpu_worker.export.writer import ExportContent, export_model
 from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning, Recipe
 from protocol.results.formats import Destination, Format, Formats
 from tests.support.exports import UNEVEN, export, facts_of, pruned
+from tests.support.samples import PROFILE
 from tests.support.tiny_models import tiny_model
 
 MODEL = tiny_model("llama")
@@ -155,6 +157,17 @@ def test_charts_lie_beside_the_card_and_are_read_with_the_facts(tmp_path: Path) 
     unreadable = read_facts(tmp_path / "out").searched
     assert unreadable is not None and unreadable.charts == {}
     assert ".svg" not in card(searched=searched.model_copy(update={"charts": {}}))
+
+
+@pytest.mark.parametrize(("dense", "kept"), [(10.0, 54.0), (10.005, 54.0), (10.1, None), (None, None)])
+def test_uniform_pruning_is_told_only_if_it_was_measured_on_the_same_tokens(
+    dense: float | None, kept: float | None
+) -> None:
+    searched = SearchSummary(
+        evaluations=8, seconds=60.0, uniform_perplexity=54.0, uniform_report_perplexity=60.0, dense_perplexity=dense
+    )
+    found = _on_same_tokens(searched, PROFILE)
+    assert (found.uniform_perplexity, found.uniform_report_perplexity) == (kept, None)
 
 
 def test_the_card_says_whether_uniform_pruning_was_fitted_and_that_nobody_fine_tuned_it() -> None:

@@ -220,6 +220,7 @@ async def test_repeated_enqueues_while_connections_are_being_cut_leave_one_entry
     cutting = asyncio.create_task(cut())
     while cuts < 3:  # a fast machine enqueues them all between two cuts
         await asyncio.gather(*(streams.queue.enqueue(c) for c in many for _ in range(5)))
+    assert cuts > 1
     enough.set()
     await cutting
     await killer.aclose()
