@@ -25,7 +25,7 @@ from protocol.results.formats import FACTS, SEARCH_CHARTS
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Name of `smollm2` on the hub."""
 MAX_CHART_BYTES = 2_000_000
-"""Largest chart that is read from a folder; those of large models have some hundred thousand bytes."""
+"""Largest chart that is read from a folder; one of 60 units has 18 kB."""
 NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
 """Keys of selfpruner.json that are not facts."""
 
