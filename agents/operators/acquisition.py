@@ -12,6 +12,9 @@ from agents.population.view import View
 if TYPE_CHECKING:
     from cmaes import CMA, SepCMA
 
+OUTSIDE = 1e6
+"""Acquisition of a sample outside of the trust region, to which its distance is added."""
+
 
 def lowest_acquisition(
     view: View,
@@ -20,10 +23,14 @@ def lowest_acquisition(
     kappa: float,
     values_of: Callable[[Array], Array],
     first: Array | None = None,
+    region: tuple[Array, float] | None = None,
 ) -> Array:
     """Return the best of the samples that `optimizer` draws in its generations, and of the sample `first`.
 
     `values_of` turns samples [samples, numbers] into raw rates [samples, units]. No plan is measured.
+
+    `region` is a trust region: the rates of some plans [plans, units], and how much each rate may differ from those of
+    the nearest of them. A sample outside is worse than every sample inside, and the worse the farther outside it is.
     """
     surrogate, space = surrogate_of(view), plan_space_of(view)
     lowest, found = np.inf, np.zeros(0)
@@ -31,8 +38,13 @@ def lowest_acquisition(
         samples = np.array([optimizer.ask() for _ in range(optimizer.population_size)])
         if first is not None:
             samples[0], first = first, None
-        mean, std = surrogate.predict_shares(space.shares(values_of(samples)))
+        values = values_of(samples)
+        mean, std = surrogate.predict_shares(space.shares(values))
         acquisition = mean - kappa * std
+        if region is not None:
+            centers, length = region
+            distance = np.abs(space.rates(values)[:, None] - centers).max(axis=2).min(axis=1)
+            acquisition = np.where(distance > length, OUTSIDE + distance, acquisition)
         if acquisition.min() < lowest:
             lowest, found = acquisition.min(), samples[acquisition.argmin()]
         optimizer.tell(list(zip(samples, acquisition.tolist(), strict=True)))

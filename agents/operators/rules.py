@@ -13,6 +13,7 @@ import numpy as np
 from agents.operators.acquisition import lowest_acquisition
 from agents.operators.moves import KAPPA
 from agents.operators.plan_space import Array, plan_space_of
+from agents.operators.trust_region import random_length
 from agents.population.view import Member, Proposal, View
 from protocol.errors import RuleError
 from protocol.plans.rule import Node, Rule
@@ -88,7 +89,8 @@ def is_tuned(view: View) -> bool:
 def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     """Return the rule with the numbers for which the surrogate has the best acquisition near the given ones.
 
-    Parts that then have no effect are left out. Returns the rule unchanged while too few candidates are measured.
+    The rates stay near those of a plan of the population, because the surrogate errs far from all of them. Parts that
+    then have no effect are left out. Returns the rule unchanged while too few candidates are measured.
     """
     if not rule.numbers or not is_tuned(view):
         return rule
@@ -104,6 +106,7 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
         KAPPA,
         lambda samples: rule.rates_with(view.features, samples[:, :count].astype(float)),
         first=start,
+        region=(np.array([member.candidate.rates for member in view.population]), random_length(rng)),
     )
     return simplified(view, rule.with_numbers(found[:count].tolist()))
 

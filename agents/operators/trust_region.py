@@ -28,9 +28,13 @@ def sample_plan(rng: random.Random, view: View, parents: Sequence[Member]) -> Pr
     if not view.population:
         return sample_first_plan(rng, view, parents)
     center = sample_move_parent(rng, view, parents)
-    length = SHORTEST * (LONGEST / SHORTEST) ** rng.random()
-    rates = _best(view, center, length, abs(rng.gauss(0, 1)), rng)
+    rates = _best(view, center, random_length(rng), abs(rng.gauss(0, 1)), rng)
     return Proposal(rates, (center.candidate.id,), step="plans")
+
+
+def random_length(rng: random.Random) -> float:
+    """Return the length of a region, as likely below as above the geometric middle of SHORTEST and LONGEST."""
+    return SHORTEST * (LONGEST / SHORTEST) ** rng.random()
 
 
 def sample_first_plan(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:

@@ -33,6 +33,7 @@ from agents.operators.strategy import (
     step_records,
 )
 from agents.operators.surrogate import Surrogate
+from agents.operators.trust_region import LONGEST
 from agents.population.view import Member, Tried, View
 from agents.prompting.rules import formula_pattern
 from protocol.plans.candidate import Step
@@ -115,6 +116,21 @@ def test_tuning_finds_better_numbers_by_the_surrogate_and_in_truth() -> None:
     assert tuned(view, start, random.Random(3)) == better, "the same seed tunes alike"
     before, after = (ruled(view, str(rule)).fitness for rule in (start, better))
     assert after < before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tuned_rules_stay_near_what_was_measured(seed: int) -> None:
+    view = view_of("block", MIN_OUTCOMES)
+    space = PlanSpace(view)
+    centers = np.array([member.candidate.rates for member in view.population])
+
+    def distance(rule: Rule) -> float:
+        rates = space.rates(np.array([rule.rates(view.features)]))
+        return float(np.abs(rates - centers).max(axis=1).min())
+
+    start = Rule.parse("rate - 0.01*sensitivity - 0.01*depth*mlp + 0.01*last")
+    rule = tuned(view, start, random.Random(seed))
+    assert rule != start and distance(rule) <= max(LONGEST, distance(start)) + NOTICEABLE
 
 
 def test_nothing_is_tuned_without_outcomes_or_numbers() -> None:
