@@ -34,7 +34,7 @@ def sample_plan(rng: random.Random, view: View, parents: Sequence[Member]) -> Pr
 
 def random_length(rng: random.Random) -> float:
     """Return the length of a region, as likely below as above the geometric middle of SHORTEST and LONGEST."""
-    return SHORTEST * (LONGEST / SHORTEST) ** rng.random()
+    return SHORTEST * float((LONGEST / SHORTEST) ** rng.random())
 
 
 def sample_first_plan(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:
