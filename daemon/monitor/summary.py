@@ -17,7 +17,6 @@ from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import SOURCE_NAMES, Measured, candidate_id
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.profile import DensePerplexity, ModelProfile
-from protocol.plans.rule import DEFAULT_RULE
 from protocol.plans.shape import Granularity
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
 from protocol.plans.value import Value
@@ -64,7 +63,7 @@ class Summary(Value):
     best_allocation: Row | None
     """The best allocation in the first population (search.seeds)."""
     best_rule: Row | None
-    """The best candidate whose rates come from a rule, if the search made any."""
+    """The best candidate whose rates come from a rule that the search has made."""
     rule: str | None
     """The rule of that candidate."""
     best: Row | None
@@ -206,18 +205,13 @@ def lines_of(summary: Summary) -> list[Line]:
     }
     found = []
     for name, row in rows.items():
-        if row is None or (name == "best rule" and not _has_own_rule(summary)):
+        if row is None:
             continue
         own = columns[0].of(row)
         ratio = own / uniform if own is not None and uniform and row is not summary.dense else None
         figures = tuple(_number(column.of(row), column.digits) for column in columns)
         found.append(Line(name, _number(ratio, 3), figures, f"{row.parameters.total_after / 1e6:,.1f} M"))
     return found
-
-
-def _has_own_rule(summary: Summary) -> bool:
-    """Return whether the best rule is one that the search has found, and not an allocation that it began with."""
-    return summary.rule not in (None, str(DEFAULT_RULE)) and summary.best_rule != summary.best_allocation
 
 
 @dataclass(frozen=True)
@@ -255,7 +249,7 @@ def _lines(summary: Summary) -> list[str]:
     return [
         *(_without_gain(summary) if summary.finished else []),
         *weak,
-        *([f"best rule: {summary.rule}"] if _has_own_rule(summary) else []),
+        *([f"best rule: {summary.rule}"] if summary.rule else []),
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(sources)}",
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "

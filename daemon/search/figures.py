@@ -59,8 +59,9 @@ def best_allocation(population: Population) -> Evaluation | None:
 
 
 def best_rule(population: Population) -> Evaluation | None:
-    """Return the best candidate whose rates come from a rule, or None if there is no rule."""
-    return next((each for each in population.top(None) if each.candidate.provenance.rule), None)
+    """Return the best candidate whose rates come from a rule that the search has made, or None if it made none."""
+    origins = ((each, each.candidate.provenance) for each in population.top(None))
+    return next((each for each, origin in origins if origin.rule and origin.source != "allocation"), None)
 
 
 def reported(population: Population) -> dict[str, Evaluation]:

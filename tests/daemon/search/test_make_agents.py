@@ -25,7 +25,7 @@ from protocol.plans.candidate import Measured, Provenance, candidate_id
 from protocol.plans.plan import attention_levels
 from protocol.plans.rule import Rule
 from protocol.plans.shape import LayerShape, ModelShape
-from protocol.plans.spec import SearchSpec
+from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.queue.keys import Keys
 from tests.support.conducted import SETTINGS, Conducted, killed_until_it_ends
 from tests.support.samples import PROFILE, SHAPE, SPEC
@@ -242,7 +242,8 @@ async def test_a_search_by_rules_keeps_them_beside_its_best(
     monkeypatch.setattr("daemon.state.journal.KEPT_RULES", 5)
     agents = dict.fromkeys(("initializer", "mutator", "crossover"), by)
     chosen = settings(seeds=["rule:rate - 0.2*depth"], rounds=4, selector="tournament", **agents)
-    search, chat = await searched(redis, "one", tmp_path, chosen, BLOCKS, reply="rules")
+    spec = BLOCKS.model_copy(update={"report": TextSpec(source="self", windows=2, seqlen=32)})
+    search, chat = await searched(redis, "one", tmp_path, chosen, spec, reply="rules")
     assert bool(chat.asked) == (by == "llm")
     ruled = [e for e in search.state.population.top(None) if e.candidate.provenance.rule]
     kept = json.loads((tmp_path / "one" / "rules.json").read_text())
@@ -250,12 +251,14 @@ async def test_a_search_by_rules_keeps_them_beside_its_best(
     assert [rule["perplexity"] for rule in kept["rules"]] == fitness[:5] and len(fitness) > 5
     assert {e.candidate.provenance.agent for e in ruled} >= {"seed", "initializer", "mutator"}
     assert any(c.provenance.round > 0 and not c.provenance.rule for c in search.state.ledger.values()), "moves too"
-    view = View(BLOCKS, search.state.profile, 0, ())
+    view = View(spec, search.state.profile, 0, ())
     for evaluation in ruled:
         rates = Rule.parse(evaluation.candidate.provenance.rule or "").rates(view.features)
         assert view.candidate_id(rates) == evaluation.candidate.id, "its rates are what the rule says"
     summary = summarise("one", search.state, {}, finished=True)
-    assert summary.rule == ruled[0].candidate.provenance.rule and summary.best_rule is not None
+    own = next(e.candidate for e in ruled if e.candidate.provenance.agent != "seed")
+    assert summary.rule == own.provenance.rule
+    assert summary.best_rule is not None and summary.best_rule.report_perplexity is not None
 
 
 @pytest.mark.parametrize("method", ["owl", "uniform", "first-layer", "llm-pruner"])
