@@ -190,10 +190,13 @@ def _with_number(rule: Rule, which: int, number: float) -> Rule:
 
 
 def _shorter(rule: Rule) -> Iterator[Rule]:
-    """Return the rules with one part replaced by a part of it or by a number, shortest first; all keep the rate."""
+    """Return the rules with one part replaced by a part of it or by a number, shortest first.
+
+    All keep what they begin with.
+    """
     parts = [part for part in rule.tree if part.parts]
     trees = {replaced(rule.tree, part, new) for part in parts for new in (*part.parts, _number(part) or Node(0.0))}
-    kept = rule.features & {"rate", "least_damage"}
+    kept = rule.features & {"least_damage"} or rule.features & {"rate"}
     rules = {_sound(tree, rule) for tree in trees} - {rule}
     return iter(sorted((each for each in rules if kept <= each.features), key=lambda each: (_size(each), str(each))))
 

@@ -14,6 +14,7 @@ import numpy as np
 from agents.operators.acquisition import lowest_acquisition
 from agents.operators.sampling import sample_move_parent
 from agents.population.view import Member, Proposal, View
+from protocol.plans.rule import DEFAULT_RULE
 
 SHORTEST, LONGEST = 0.05, 0.4
 """Lengths of a region: how much each rate may change at most."""
@@ -38,12 +39,13 @@ def random_length(rng: random.Random) -> float:
 
 
 def sample_first_plan(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:
-    """Return the rates of the allocation by sensitivity after random changes of every unit.
+    """Return the rates of the default rule after random changes of every unit.
 
     Nothing is measured yet. From many small changes at once, the surrogate learns most about the region that matters.
     Without sensitivity, the changes are made to uniform rates.
     """
-    rates = view.features.get("least_damage", view.features["rate"])
+    features = view.features
+    rates = DEFAULT_RULE.rates(features) if DEFAULT_RULE.features <= features.keys() else features["rate"]
     return Proposal(tuple(rate + rng.gauss(0, FIRST_SPREAD) for rate in rates), step="plans")
 
 

@@ -65,7 +65,7 @@ class SearchSettings(Section):
     feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
     initializer: Literal["llm", "random", "plans", "rules"] = "llm"
     """What makes the first population if search.proposer is `llm`: the LLM, `random` profiles, `plans` near the
-    allocation by sensitivity, or random `rules`."""
+    allocation `rule`, or random `rules`."""
     selector: Literal["llm", "tournament", "none"] = "llm"
     """What chooses the parents: the LLM, a `tournament`, or `none`, which shows Mutator and Crossover the whole
     population, as in the paper's combined prompts."""

@@ -380,5 +380,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-DEFAULT_RULE = Rule.parse("least_damage")
-"""The rule of `--allocate rule`: no better one has been measured yet (docs/lab-notes/rules.md)."""
+DEFAULT_RULE = Rule.parse("least_damage - max(0, 0.34 - 0.57*rate)*tanh(influence)*mlp - 0.04*first")
+"""The rule of `--allocate rule`: the allocation by sensitivity, but the MLPs of layers that change their input much lose
+less, the more so at low rates, and so does the first layer (docs/lab-notes/rules.md)."""

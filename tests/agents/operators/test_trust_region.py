@@ -9,6 +9,7 @@ import pytest
 from agents.operators.plan_space import plan_space_of
 from agents.operators.surrogate import surrogate_of
 from agents.operators.trust_region import FIRST_SPREAD, LONGEST, sample_plan
+from protocol.plans.rule import DEFAULT_RULE
 from protocol.plans.shape import Granularity
 from tests.agents.operators.test_moves import view_of
 
@@ -34,8 +35,10 @@ def test_plans_differ_and_the_same_seed_gives_the_same_plan() -> None:
     assert len({view.candidate_id(proposal.rates) for proposal in made}) == 3
 
 
-def test_without_members_a_plan_near_the_allocation_by_sensitivity_is_drawn() -> None:
+def test_without_members_a_plan_near_the_default_rule_is_drawn() -> None:
     view = replace(view_of("layer", 0), population=(), measured=())
+    influence = tuple(range(1, 1 + len(view.units)))
+    view = replace(view, profile=view.profile.model_copy(update={"features": {"influence": influence}}))
     rates = sample_plan(random.Random(0), view, ()).rates
-    changes = [rate - near for rate, near in zip(rates, view.features["least_damage"], strict=True)]
+    changes = [rate - near for rate, near in zip(rates, DEFAULT_RULE.rates(view.features), strict=True)]
     assert len(set(changes)) == len(view.units) and max(map(abs, changes)) < 5 * FIRST_SPREAD
