@@ -381,5 +381,5 @@ def _short(text: str) -> str:
 
 
 DEFAULT_RULE = Rule.parse("least_damage - max(0, 0.34 - 0.57*rate)*tanh(influence)*mlp - 0.04*first")
-"""The rule of `--allocate rule`: the allocation by sensitivity, but the MLPs of layers that change their input much lose
-less, the more so at low rates, and so does the first layer (docs/lab-notes/rules.md)."""
+"""The rule of `--allocate rule`: the allocation by sensitivity, but the MLPs of layers that change their input much
+lose less, most of all at low rates, and so does the first layer (docs/lab-notes/rules.md)."""
