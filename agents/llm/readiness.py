@@ -104,7 +104,7 @@ class Readiness:
         return None
 
     def _refusal_of_key(self, connection: Connection, error: RequestFailed) -> str:
-        return (
-            f"the LLM endpoint {connection.endpoint.name!r} refuses the key ({error.status}): "
-            "set api_key_file or api_key in llm.endpoints"
-        )
+        advice = "set api_key_file or api_key in llm.endpoints"
+        if connection.endpoint.api_key is not None:
+            advice = "api_key_file or api_key in llm.endpoints is wrong, or for another endpoint"
+        return f"the LLM endpoint {connection.endpoint.name!r} refuses the key ({error.status}): {advice}"

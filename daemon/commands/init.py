@@ -3,11 +3,11 @@
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 import typer
 import yaml
@@ -18,7 +18,7 @@ from daemon.commands import flags
 from daemon.settings.errors import validation_sentence
 from daemon.settings.settings import Settings, setting_names
 from daemon.settings.target import check_text
-from protocol.errors import SettingsError
+from protocol.errors import SettingsError, UsageError
 from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import SMOLLM2, check_model, expanded
 
@@ -38,7 +38,12 @@ class EndpointKind:
 
     def at(self, base_url: str | None, llm_model: str | None, api_key_file: str | None) -> "EndpointKind":
         """Return this kind of server at an address, with a model and a key of the user's."""
-        more = [line for line in self.more if not (api_key_file and "api_key_file" in line)]
+        other = llm_model is not None and llm_model != self.llm_model  # has other prices
+        more = [
+            line
+            for line in self.more
+            if not (api_key_file and "api_key_file" in line) and not (other and line.startswith("price"))
+        ]
         keyed = [f"api_key_file: {_quoted(api_key_file)}"] if api_key_file else []
         named = {"base_url": base_url or self.base_url}
         if llm_model:
@@ -51,7 +56,11 @@ KINDS: dict[EndpointName, EndpointKind] = {
     "openai": EndpointKind(
         "https://api.openai.com/v1",
         "gpt-4o",
-        more=("api_key_file: ~/.secrets/openai    # a file that holds only the key",),
+        more=(
+            "api_key_file: ~/.secrets/openai    # a file that holds only the key",
+            "price_in: 2.5                # per million tokens; check the provider's price list",
+            "price_out: 10",
+        ),
     ),
     "vllm": EndpointKind(
         "http://127.0.0.1:8000/v1",
@@ -102,16 +111,20 @@ def init(
     if not path.parent.is_dir():
         raise SettingsError(f"{str(file)!r} cannot be written: there is no folder {str(path.parent)!r}")
     asks = sys.stdin.isatty()
+    for text in filter(None, (data, report_data)):
+        check_text(text)
+    if api_key_file:
+        _check_key_file(api_key_file)
     if model is None:
-        model = typer.prompt("Model to prune (hub name, folder, or smollm2)", SMOLLM2) if asks else SMOLLM2
+        model = _asked("Model to prune (hub name, folder, or smollm2)", SMOLLM2, check_model) if asks else SMOLLM2
     check_model(model)
     if data is None:
         usual = "self" if model == SMOLLM2 else "wikitext2"
-        data = typer.prompt("Text to search on (wikitext2, c4, self, or a file)", usual) if asks else usual
+        data = _asked("Text to search on (wikitext2, c4, self, or a file)", usual, check_text) if asks else usual
     if endpoint is None:
-        endpoint = "other" if base_url else _asked_endpoint() if asks else "none"
-    for text in (data, report_data or data):
-        check_text(text)
+        names = f"LLM that proposes ({', '.join(KINDS)})"
+        asked = _asked(names, "none", _check_endpoint) if asks and not base_url else "other" if base_url else "none"
+        endpoint = cast(EndpointName, asked)
     if endpoint == "none" and (llm_model or base_url or api_key_file):
         raise SettingsError("--llm-model, --base-url and --api-key-file need --endpoint")
     kind = KINDS[endpoint]
@@ -120,7 +133,10 @@ def init(
     if asks and endpoint != "none" and llm_model is None:
         llm_model = typer.prompt("Name of the LLM at its endpoint", kind.llm_model)
     if asks and endpoint == "other" and api_key_file is None:
-        api_key_file = typer.prompt("File with its key (empty: it needs none)", "", show_default=False) or None
+        question = "File with its key (empty: it needs none)"
+        api_key_file = _asked(question, "", _check_key_file, show_default=False) or None
+    if endpoint == "other" and not (base_url and llm_model):
+        raise SettingsError("--endpoint other needs --base-url and --llm-model")
     given = (str(file), model, data, llm_model, base_url, api_key_file, report_data)
     if not "".join(filter(None, given)).isprintable():
         raise SettingsError("names of files, models and texts are one line each")
@@ -138,12 +154,29 @@ def init(
     typer.echo(f"wrote {file}; look through it, check it (selfpruner check {name}), then selfpruner run {name}")
 
 
-def _asked_endpoint() -> EndpointName:
-    names = get_args(EndpointName)
-    answer = typer.prompt(f"LLM that proposes ({', '.join(names)})", "none")
-    if answer not in names:
-        raise SettingsError(f"{answer!r} is no endpoint: give {', '.join(names)}")
-    return cast(EndpointName, answer)
+def _asked(question: str, usual: str, check: Callable[[str], object], *, show_default: bool = True) -> str:
+    """Ask until the answer passes `check`, which raises UsageError otherwise."""
+    while True:
+        answer: str = typer.prompt(question, usual, show_default=show_default)
+        try:
+            check(answer)
+        except UsageError as error:
+            typer.echo(str(error), err=True)
+        else:
+            return answer
+
+
+def _check_endpoint(name: str) -> None:
+    if name not in KINDS:
+        raise SettingsError(f"{name!r} is no endpoint: give {', '.join(KINDS)}")
+
+
+def _check_key_file(file: str) -> None:
+    """Raise SettingsError if there is no such file. The message does not show it, because it may be the key itself."""
+    if file and not expanded(file).exists():
+        raise SettingsError(
+            "there is no such file with a key: write the key into a file, and give the path of the file"
+        )
 
 
 def settings_text(file: str, model: str, rate: float, data: str, endpoint: EndpointKind, report: str) -> str:

@@ -208,8 +208,8 @@ def expected_cost(
         f"least squares: {_flop(work.solving)} in fp32 at {_flop(speed.solve)}/s: {_time(solving)} more",
         f"preparation: {_flop(work.preparation)}, once per model and text: {_time(preparing)}",
         f"products for least squares: {_flop(work.products)} in fp32, once: {_time(products)}",
-        f"writing text: {_flop(work.writing)} ({_time(computing)}), or reading {work.read / 1e9:,.3g} GB of weights at "
-        f"{speed.read / 1e9:,.3g} GB/s ({_time(reading)}), whichever takes longer",
+        f"writing text: {_flop(work.writing)} ({_time(computing)}), or reading {work.read / 1e12:,.3g} TB of weights "
+        f"at {speed.read / 1e12:,.3g} TB/s ({_time(reading)}), whichever takes longer",
         f"measuring: {search.planned} candidates and uniform pruning, "
         f"{workers} worker{'s' * (workers > 1)}: {_time(measuring)}",
         *([] if questions is None else [_proposers(settings)]),
@@ -250,13 +250,15 @@ def _proposers(settings: Settings) -> str:
 def _money(settings: Settings, asking: _Asking) -> tuple[Range | None, list[str]]:
     """Return what the first endpoint charges, and the arithmetic; None without a price."""
     endpoint = next(iter(settings.llm.endpoints), None)
-    if asking is NOT_ASKED or endpoint is None or not (endpoint.price_in or endpoint.price_out):
+    if asking is NOT_ASKED or endpoint is None:
         return None, []
+    if not (endpoint.price_in or endpoint.price_out):
+        return None, ["money: unknown, because price_in and price_out are not set in llm.endpoints"]
     prompt, reply = asking.prompt_tokens, asking.reply_tokens
     money = prompt * (endpoint.price_in / 1e6) + reply * (endpoint.price_out / 1e6)
     line = (
-        f"money: {prompt.expected / 1e6:.3g}M tokens at {endpoint.price_in:g} and {reply.expected / 1e6:.3g}M at "
-        f"{endpoint.price_out:g} per million: {money.expected:.3g} ({money.least:.3g} to {money.most:.3g})"
+        f"money: {prompt.expected:,.0f} tokens at {endpoint.price_in:g} and {reply.expected:,.0f} at "
+        f"{endpoint.price_out:g} per million: {money.expected:.2f} ({money.least:.2f} to {money.most:.2f})"
     )
     return money, [line]
 

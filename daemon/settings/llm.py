@@ -1,5 +1,6 @@
 """Settings of the LLM: its endpoints, how it is asked, and the small one that `selfpruner run` serves itself."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -28,6 +29,8 @@ def _http_url(url: str) -> str:
 
 def check_key(key: str) -> str:
     """Return `key` if a header can hold it; the error does not show it."""
+    if re.match(r"(export )?[A-Z][A-Z0-9_]*=[^=]", key):
+        raise ValueError("give the key alone, without a name and `=` before it")
     if not (key.isascii() and key.isprintable()):
         raise ValueError("a key is one line of ASCII characters")
     return key

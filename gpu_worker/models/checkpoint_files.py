@@ -21,6 +21,8 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Files that map each weight to its file."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", *INDEXES)
 """A folder that contains a complete model has one of these files."""
+ONE_FILE = dict(zip(INDEXES, WEIGHTS, strict=False))
+"""The single file that transformers reads in place of the files of an index, if it is there."""
 ADAPTER = "adapter_config.json"
 WEIGHTS_READ = ("*.safetensors", "pytorch_model*.bin")
 TEXTS_READ = (
@@ -36,6 +38,8 @@ MAX_TEXT_BYTES = 2**25
 """Limit in bytes for all other files without weights."""
 MAX_HEADER_BYTES = 2**25
 """Limit in bytes for the header of a safetensors file. The header of a thousand tensors has 100 kB."""
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that git has put in place of a large one."""
 MAX_PARAMETER_RATIO = 2
 """Largest allowed ratio of declared to stored parameters. Missing weights are reported after loading; this limit keeps
 the loader from filling memory before that."""
@@ -56,11 +60,14 @@ def check_files(name: str, folder: Path) -> None:
     for path in files:
         if _is_one_of(path, WEIGHTS_READ):
             _check_weights(name, path)
-    if (folder / ADAPTER).exists() and not any((folder / file).exists() for file in WEIGHTS):
-        raise ModelError(adapter_sentence(name))
+    if not any((folder / file).exists() for file in WEIGHTS):
+        if (folder / ADAPTER).exists():
+            raise ModelError(adapter_sentence(name))
+        if not any(_is_one_of(path, WEIGHTS_READ) for path in files):
+            raise ModelError(f"the folder {name!r} holds no weights (*.safetensors)")
     for path in texts:
         if path.match("*.index.json"):
-            check_index(name, path)
+            check_index(name, path, is_complete=not (folder / ONE_FILE.get(path.name, path.name)).exists())
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -72,8 +79,8 @@ def adapter_sentence(name: str) -> str:
     return f"{name!r} holds only an adapter ({ADAPTER}) and no model; merge it into its base model"
 
 
-def check_index(name: str, index: Path) -> None:
-    """Raise ModelError unless the index refers only to files in its own folder."""
+def check_index(name: str, index: Path, *, is_complete: bool) -> None:
+    """Raise ModelError unless the index refers only to files in its own folder; all of them, if it must be complete."""
     written = _read_json(name, index)
     where = written.get("weight_map") if isinstance(written, Mapping) else None
     if not isinstance(where, Mapping) or not all(isinstance(file, str) for file in where.values()):
@@ -83,6 +90,8 @@ def check_index(name: str, index: Path) -> None:
             raise ModelError(f"the file {index.name!r} of {name!r} names {quoted(file)}, which is outside the folder")
         if (index.parent / file).exists():
             _check_weights(name, index.parent / file)
+        elif is_complete:
+            raise ModelError(f"the folder {name!r} lacks {quoted(file)}, which {index.name} names; download it again")
 
 
 def is_inside(file: str) -> bool:
@@ -108,7 +117,10 @@ def check_stored(name: str, folder: Path, asked: int) -> None:
 def _sizes(name: str, file: Path) -> Iterator[int]:
     """Yield the number of elements of each tensor in a safetensors file. The library checks the header."""
     with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
+        start = opened.read(len(LFS_POINTER))
+        length = int.from_bytes(start[:8], "little")
+    if start == LFS_POINTER:
+        raise ModelError(f"the file {file.name!r} of {name!r} only names the weights; fetch them with `git lfs pull`")
     if length > MAX_HEADER_BYTES:
         raise ModelError(f"the file {file.name!r} of {name!r} claims a header of {length:,} bytes")
     with safe_open(file, framework="numpy") as weights:

@@ -152,6 +152,8 @@ class MemoryEstimate:
     """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
     training_state: int = 0
     """Data that fine-tuning keeps for trained parameters: fp32 copies, gradients and AdamW's moments."""
+    fits_layer_by_layer: bool = True
+    """Whether the matrices of the fit are kept for one layer at a time, if there are any."""
     models: int = 1
     """Number of models loaded together."""
 
@@ -165,9 +167,9 @@ class MemoryEstimate:
         """Return the estimate in words."""
         parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.activations)} to run them"]
         if self.pruned_copies:
-            parts.append(f"up to {gigabytes(self.pruned_copies)} for pruned copies")
+            parts.append(f"up to {gigabytes(self.pruned_copies)} for copies of pruned weights, if there is room")
         if self.reconstruction:
-            parts.append(f"{gigabytes(self.reconstruction)} for products of inputs")
+            parts.append(f"{gigabytes(self.reconstruction)} for the matrices of the fit")
         if self.training_state:
             parts.append(f"{gigabytes(self.training_state)} for what is trained")
         if self.main_memory:
@@ -204,6 +206,7 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         pruned_copies=sum(_copied_parameters(shape, layer, workload.reconstructs != "no") for layer in shape.layers)
         * size,
         reconstruction=_reconstruction_values(shape, workload) * FP32,
+        fits_layer_by_layer=workload.reconstructs != "all layers",
         training_state=0 if workload.training is None else workload.training.resident_bytes(shape, size),
         activations=max(running),
         main_memory=workload.hidden_state_tokens * shape.hidden_size * size

@@ -66,6 +66,8 @@ def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placeme
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     """Return the error for a model that fits nowhere."""
     advice = f"{ADVICE}, or no reconstruction" if estimate.reconstruction else ADVICE
+    if not estimate.fits_layer_by_layer:
+        advice = advice.replace("use ", "use sequential scoring, for which the fit needs far less, or ", 1)
     if estimate.training_state:
         advice += ", a smaller micro-batch, or LoRA if it is not"
     which = "the model is too large for this machine: it needs"

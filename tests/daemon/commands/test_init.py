@@ -19,7 +19,8 @@ EXAMPLE = "meta-llama/Llama-3.1-8B"
 @pytest.mark.parametrize("endpoint", get_args(EndpointName))
 def test_what_is_written_can_be_run(endpoint: EndpointName, tmp_path: Path, cli: Cli) -> None:
     file = tmp_path / "my search.yaml"
-    flags = ("--endpoint", endpoint, "--model", EXAMPLE, "--rate", "0.25", "--data", "c4")
+    flags = ["--endpoint", endpoint, "--model", EXAMPLE, "--rate", "0.25", "--data", "c4"]
+    flags += ["--base-url", "http://llm:9000/v1", "--llm-model", "mine"] * (endpoint == "other")
     code, out, err = cli.run("init", file, *flags)
     assert (code, err) == (0, "") and f"selfpruner run '{file}'" in out
     settings = load(file, [])
@@ -39,16 +40,32 @@ def test_without_flags_and_a_terminal_it_is_the_small_model(tmp_path: Path, cli:
 
 
 def test_any_server_and_its_key_and_another_text_for_the_report_are_named(tmp_path: Path, cli: Cli) -> None:
-    file, report = tmp_path / "a.yaml", tmp_path / "report.txt"
+    file, report, key = tmp_path / "a.yaml", tmp_path / "report.txt", tmp_path / "key"
     report.write_text("another text")
-    flags = ("--base-url", "http://llm:9000/v1", "--llm-model", "mine", "--api-key-file", "~/.secrets/mine")
+    key.write_text("sk-secret")
+    flags = ("--base-url", "http://llm:9000/v1", "--llm-model", "mine", "--api-key-file", key)
     assert cli.run("init", file, *flags, "--report-data", report)[0] == 0
     settings = load(file, [])
     (endpoint,) = settings.llm.endpoints
     assert (endpoint.base_url, endpoint.model) == ("http://llm:9000/v1", "mine")
-    assert str(endpoint.api_key_file).endswith(".secrets/mine")
+    assert endpoint.api_key_file == key
     assert (settings.data.fitness, settings.data.report) == ("self", str(report))
     assert "need --endpoint" in cli.error("init", tmp_path / "b.yaml", "--llm-model", "mine", "--endpoint", "none")
+
+
+def test_a_wrong_answer_to_a_question_is_asked_for_again(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-secret")
+    answers = iter(["./nowhere", "smollm2", "no.txt", "self", "gpt", "other", "", "mine", "sk-secret", str(key)])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.prompt", lambda _question, usual, **_: next(answers) or usual)
+    code, _, err = cli.run("init", tmp_path / "a.yaml")
+    assert code == 0 and next(answers, None) is None and "sk-secret" not in err
+    assert ["'./nowhere'" in err, "'no.txt'" in err, "'gpt'" in err, "no such file with a key" in err] == [True] * 4
+    (endpoint,) = load(tmp_path / "a.yaml", []).llm.endpoints
+    assert (endpoint.base_url, endpoint.model, endpoint.api_key_file) == (KINDS["other"].base_url, "mine", key)
 
 
 def test_names_need_no_quoting(tmp_path: Path) -> None:
@@ -63,13 +80,17 @@ def test_names_need_no_quoting(tmp_path: Path) -> None:
     [
         (("--rate", "30"), "write 0.3 for 30 %"),
         (("--model", "./nowhere"), "there is no folder './nowhere'"),
+        (("--rate", "30%"), "it must be a number, such as 0.3"),
         (("--endpoint", "gpt"), "gpt"),
+        (("--endpoint", "other"), "needs --base-url and --llm-model"),
+        (("--endpoint", "openai", "--api-key-file", "sk-secret"), "there is no such file with a key"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_written(
     flags: tuple[str, ...], sentence: str, tmp_path: Path, cli: Cli
 ) -> None:
-    assert sentence in cli.error("init", tmp_path / "a.yaml", *flags)
+    found = cli.error("init", tmp_path / "a.yaml", *flags)
+    assert sentence in found and "sk-secret" not in found
     assert "there is no folder" in cli.error("init", tmp_path / "none" / "a.yaml")
     assert list(tmp_path.iterdir()) == []
 

@@ -73,6 +73,8 @@ def test_defaults_are_the_papers() -> None:
         ("search.highest_rate=0.2", "target.rate 0.3 cannot be reached"),
         ("worker.lease_seconds=-1", "worker.lease_seconds"),
         ("llm.endpoints=[{base_url: localhost, model: m}]", "llm.endpoints.0.base_url"),
+        ("llm.endpoints.0.model=m", "cannot be set alone: give the whole list"),
+        ("llm.endpoints=[{base_url: 'http://h/v1', model: m, api_key: OPENAI_API_KEY=sk}]", "give the key alone"),
         ("search=3", "search cannot be '3'"),
         (
             "search.max_evaluations=5",
