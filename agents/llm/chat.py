@@ -105,13 +105,17 @@ class Chat:
             raise
 
     async def wait_ready(
-        self, waiting: Callable[[str], None] = lambda _: None, *, at_most: float | None = None, refuse: bool = True
+        self,
+        waiting: Callable[[str, str], None] = lambda *_: None,
+        *,
+        at_most: float | None = None,
+        refuse: bool = True,
     ) -> None:
         """Wait until any endpoint answers, at most `at_most` seconds.
 
-        If no endpoint answers at first, `waiting` is called once with the endpoints' names. Raise SettingsError if an
-        endpoint refuses our key or does not know our model. With `refuse` False, such an endpoint rests instead, as it
-        would after a refusal during the search.
+        If no endpoint answers at first, `waiting` is called once with the endpoints' names and the reason. Raise
+        SettingsError if an endpoint refuses our key or does not know our model. With `refuse` False, such an endpoint
+        rests instead, as it would after a refusal during the search.
         """
         if self._policy.used_up(self.spent) is None:
             readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)

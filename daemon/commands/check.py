@@ -34,7 +34,10 @@ def check(
     gpus: Annotated[int, typer.Option(min=1, help="Number of such GPUs for the model.")] = 1,
     ask: Annotated[
         bool,
-        typer.Option("--ask/--no-ask", help="Ask each endpoint a question of the search."),
+        typer.Option(
+            "--ask/--no-ask",
+            help="Ask each endpoint a question of the search. Otherwise, only check its address, key and model.",
+        ),
     ] = True,
     json_: flags.Json = False,
 ) -> None:
@@ -45,14 +48,16 @@ def check(
     settings = load_or_quickstart(config, set_ or [])
     need("torch", "worker")
     logs.configure(level="ERROR")
-    from daemon.launch.check import check as check_search
-    from gpu_worker.evaluation.feasibility import find_needs
     from gpu_worker.measuring.devices import GPU_NAMES, speed_of_gpu, speed_of_this_machine
 
+    gpu = gpu and gpu.lower().replace(" ", "-")
     if gpu is not None and gpu not in GPU_NAMES:
         raise SettingsError(f"--gpu cannot be {gpu!r}: it is one of {', '.join(GPU_NAMES)}")
     if gpus != 1 and gpu is None:
         raise SettingsError("--gpus needs --gpu: without it, the GPUs of this machine count")
+    from daemon.launch.check import check as check_search
+    from gpu_worker.evaluation.feasibility import find_needs
+
     given = None if gpu is None else speed_of_gpu(gpu)
     spec = settings.spec()
     with ExitStack() as stack:

@@ -91,11 +91,12 @@ def prune(
     formats = formats_of(format_ or ["hf"])
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
     check_model(model)  # now, because torch takes seconds to import
-    from daemon.launch.run import run_here
+    from daemon.launch.run import check_here, run_here
 
     if destination.folder.is_file():
         raise SettingsError(f"--out {out} is a file: name a folder that does not exist yet")
     settings = prune_settings(model, rate, destination.folder, search)
+    check_here(settings)
     tuning = _tuning(training, destination, settings) if training.finetune else None
     if tuning is not None:
         need("peft", "finetune")

@@ -17,6 +17,7 @@ from protocol.plans.any_heads import Heads
 from protocol.plans.plan import Split
 from protocol.plans.shape import Granularity, ModelShape
 from protocol.plans.spec import Dtype, Importance, Measure, Reconstruction, Role, Scoring, SearchSpec, TextSpec
+from protocol.runtime.paths import check_model
 
 NO_RATES = "not a JSON object with a list of numbers called `rates`"
 
@@ -69,6 +70,7 @@ def pruning_request(
     pruning = file.spec.model_dump() | {name: value for name, value in given.items() if value is not None}
     if pruning["rate"] is None:
         raise SettingsError(f"{choice.rates} does not contain its pruning rate: give --rate")
+    check_model(model)  # now, because torch takes seconds to import
     spec = _spec(model=model, **pruning, **_texts(texts), measure=measure, dtype=dtype, seed=seed)
     if choice.allocate is not None:
         return PruningRequest(spec, allocation_of(choice.allocate, options), None, choice.allocate)

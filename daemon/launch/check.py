@@ -102,7 +102,7 @@ async def check(
         findings.append(await _redis(settings.redis.full_url))
     seconds: float | None = None
     for endpoint in settings.llm.endpoints if settings.search.asks_llm and not settings.llm.replay else ():
-        said(f"asking {endpoint.name or endpoint.base_url}")
+        said(f"asking {endpoint.name or endpoint.base_url}, for at most {ENDPOINT_SECONDS:g} s")
         asked = await _endpoint(settings, endpoint, needs.shape, asks=asks)
         findings.append(asked.finding)
         seconds = seconds or asked.seconds
@@ -199,9 +199,9 @@ async def _endpoint(settings: Settings, given: EndpointSettings, shape: ModelSha
     try:
         chat = make_chat(settings.llm, [given], gate=open_gate, record=records.append, spent=Spent())
         async with chat:
-            await chat.wait_ready(silent.append, at_most=BRIEFLY, refuse=True)
+            await chat.wait_ready(lambda _, why: silent.append(why), at_most=BRIEFLY, refuse=True)
             if silent:
-                return _Asked(Finding(name, "error", f"{given.base_url} does not answer"))
+                return _Asked(Finding(name, "error", f"{given.base_url} does not answer: {silent[0]}"))
             if shape is not None:
                 units = len(shape.units(settings.search.granularity))
                 check_lists_somewhere(settings, chat.contexts, units)
@@ -215,7 +215,7 @@ async def _endpoint(settings: Settings, given: EndpointSettings, shape: ModelSha
         return _Asked(Finding(name, "error", str(error)))
     answers = [record for record in records if record["text"] is not None]
     if not answers:
-        errors = [str(record["error"]) for record in records if record["error"]]
+        errors = [f"{given.base_url} fails to answer: {record['error']}" for record in records if record["error"]]
         late = f"{given.base_url} did not answer within {ENDPOINT_SECONDS:g} s"
         return _Asked(Finding(name, "error", errors[0] if errors else late))
     seconds = [float(str(record["seconds"])) for record in answers]
@@ -227,8 +227,10 @@ async def _endpoint(settings: Settings, given: EndpointSettings, shape: ModelSha
     )
     if usable:
         return _Asked(Finding(name, "ok", says), seconds[0])
-    advice = f"; llm.reply `{settings.llm.reply}` may ask too much of it: try `moves`, which asks for the least"
-    return _Asked(Finding(name, "warning", says + (advice if settings.llm.reply != "moves" else "")), seconds[0])
+    advice = "another model may answer better"
+    if settings.llm.reply != "moves":
+        advice = f"llm.reply `{settings.llm.reply}` may ask too much of it: try `moves`, which asks for the least"
+    return _Asked(Finding(name, "warning", f"{says}; {advice}"), seconds[0])
 
 
 FORMS: dict[Rung, str] = {"grammar": "a grammar", "json_schema": "a JSON schema", "json_object": "JSON", "text": "text"}

@@ -226,12 +226,12 @@ class Launch:
         if self._settings.search.asks_llm:
             most = self._settings.llm.start_wait_seconds
 
-            def announce(name: str) -> None:
+            def announce(name: str, why: str) -> None:
                 if self._own_llm:
                     log.info("local_llm_loading", endpoint=name, waits_s=most)
                     return
                 advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
-                log.warning("endpoint_not_ready", endpoint=name, waits_s=most, advice=advice)
+                log.warning("endpoint_not_ready", endpoint=name, reason=why, waits_s=most, advice=advice)
 
             await chat.wait_ready(announce, at_most=most, refuse=is_new)
 

@@ -60,11 +60,8 @@ def check_files(name: str, folder: Path) -> None:
     for path in files:
         if _is_one_of(path, WEIGHTS_READ):
             _check_weights(name, path)
-    if not any((folder / file).exists() for file in WEIGHTS):
-        if (folder / ADAPTER).exists():
-            raise ModelError(adapter_sentence(name))
-        if not any(_is_one_of(path, WEIGHTS_READ) for path in files):
-            raise ModelError(f"the folder {name!r} holds no weights (*.safetensors)")
+    if (folder / ADAPTER).exists() and not any((folder / file).exists() for file in WEIGHTS):
+        raise ModelError(adapter_sentence(name))
     for path in texts:
         if path.match("*.index.json"):
             check_index(name, path, is_complete=not (folder / ONE_FILE.get(path.name, path.name)).exists())
@@ -101,10 +98,12 @@ def is_inside(file: str) -> bool:
 
 
 def check_stored(name: str, folder: Path, asked: int) -> None:
-    """Raise ModelError if the config declares far more parameters than the safetensors files in `folder` hold.
+    """Raise ModelError if `folder` has no weights, or far fewer in safetensors files than the config declares.
 
     `asked` is the number of parameters that the config declares.
     """
+    if not any(_is_one_of(path, WEIGHTS_READ) for path in folder.iterdir()):
+        raise ModelError(f"the folder {name!r} holds no weights (*.safetensors)")
     files = sorted(folder.glob("*.safetensors"))
     stored = sum(count for file in files for count in _sizes(name, file))
     if files and asked > MAX_PARAMETER_RATIO * stored:

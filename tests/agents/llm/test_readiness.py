@@ -15,11 +15,12 @@ from tests.support.scripted_llm import Reply, ScriptedLlm, as_json, lists_models
 async def test_waiting_for_an_endpoint_is_announced_once() -> None:
     loading = refuses(503, "Loading model")
     ready = lists_models("model")
-    said: list[str] = []
+    said: list[tuple[str, str]] = []
     async with ScriptedLlm(models=[loading, loading, loading, ready]) as llm, Chat([llm.endpoint], QUICK) as chat:
-        await chat.wait_ready(said.append)
+        await chat.wait_ready(lambda name, why: said.append((name, why)))
         assert llm.readiness_checks == 4
-        assert said == ["fake"]
+        ((name, why),) = said
+        assert name == "fake" and "Loading model" in why
 
 
 async def test_a_server_that_starts_late_is_waited_for() -> None:
@@ -28,7 +29,7 @@ async def test_a_server_that_starts_late_is_waited_for() -> None:
     late = Endpoint("late", base_url, "model")
     heard = asyncio.Event()
     async with Chat([late], QUICK) as chat:
-        waiting = asyncio.create_task(chat.wait_ready(lambda _: heard.set()))
+        waiting = asyncio.create_task(chat.wait_ready(lambda *_: heard.set()))
         await heard.wait()
         assert not waiting.done()
         async with ScriptedLlm([OK], port=port):
@@ -39,10 +40,10 @@ async def test_any_endpoint_that_answers_is_enough_and_a_refusal_is_an_answer() 
     said: list[str] = []
     nowhere = Endpoint("nowhere", "http://127.0.0.1:9/v1", "model")
     async with ScriptedLlm(models=[refuses(404, "no list here")]) as llm, Chat([nowhere, llm.endpoint], QUICK) as chat:
-        await chat.wait_ready(said.append)
+        await chat.wait_ready(lambda name, _: said.append(name))
     assert said == []
     async with Chat([]) as chat:
-        await chat.wait_ready(said.append)
+        await chat.wait_ready(lambda name, _: said.append(name))
 
 
 async def test_the_start_waits_at_most_so_long() -> None:
