@@ -102,7 +102,8 @@ def test_settings_of_the_pages_are_accepted(page: Path, tmp_path: Path) -> None:
         (first, *_) = yaml.safe_load_all(block)
         if set(first) <= set(Settings.model_fields):
             file = tmp_path / "settings.yaml"
-            file.write_text(yaml.safe_dump({"target": {"model": "smollm2", "rate": 0.3}, **first}))
+            target = {"model": "smollm2", "rate": 0.3} | first.get("target", {})
+            file.write_text(yaml.safe_dump(first | {"target": target}))
             load(file)
 
 

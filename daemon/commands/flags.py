@@ -47,7 +47,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help="Redis server; the search's embedded server by default. For password files see docs/guides.",
+        help="Redis server; by default the search's own. For password files see docs/guides/many-machines.md.",
         callback=_with_password,
     ),
 ]

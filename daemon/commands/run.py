@@ -23,7 +23,7 @@ def run(
     set_: flags.Set = None,
     json_: flags.Json = False,
 ) -> None:
-    """Search on this machine: starts an embedded Valkey, a local LLM, a worker and the daemon."""
+    """Search on this machine: starts a server for the queue (Valkey), a local LLM, a worker and the daemon."""
     from daemon.launch.run import run_here  # not at the start of every command: it takes a fifth of that time
 
     settings = load_or_quickstart(config, set_ or [])
