@@ -6,7 +6,7 @@ from functools import partial
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import MAX_CHANGES, STEPS, Mutation, apply_mutation
 from agents.operators.moves import apply_moves, move_menu
-from agents.operators.rules import rule_of, ruled_members
+from agents.operators.rules import at_rate, rule_of, ruled_members
 from agents.operators.sampling import (
     MAX_MOVES,
     RANKED_MOVES,
@@ -124,7 +124,7 @@ class Mutator:
             idea=idea(view, CHANGES, call.index + view.round),
             **rules_in_general(view),
             fitness=fitness_in_words(view, shown),
-            rule=rule_of(shown),
+            rule=at_rate(view, rule) if (rule := rule_of(shown)) else "",
             others=rules_in_words(view, [member for member in ruled[: SHOWN_RULES + 1] if member is not shown]),
             wrong=where_wrong(view, shown),
             effects=effects_of_rules(view) if "effects" in self._settings.feedback else [],

@@ -23,7 +23,7 @@ import httpx2
 import openai
 
 from agents.llm.breaker import retry_after
-from agents.llm.endpoint import Endpoint, Message
+from agents.llm.endpoint import LOOPBACK, Endpoint, Message
 from agents.llm.masking import Masking
 from agents.llm.policy import ChatPolicy
 from agents.llm.responses import Completion, check_content_type, read_completion, read_models
@@ -39,7 +39,6 @@ this question. `refused`: the endpoint answers none of our questions at present 
 exhausted quota).
 """
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
 """Placeholder sent to endpoints that need no key. Without it, the SDK would send OPENAI_API_KEY to any address."""
 _LARGE = 20_000
@@ -192,7 +191,7 @@ class _HttpClient(openai.DefaultAioHttpClient):
 def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:
     """Return the SDK over aiohttp: no redirects, no proxy for loopback, no headers for other endpoints."""
     http = _HttpClient(
-        trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
+        trust_env=urlsplit(base_url).hostname not in LOOPBACK,
         follow_redirects=False,
         timeout=httpx2.Timeout(policy.deadline_seconds, connect=policy.connect_timeout, pool=None),
         event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.max_reply_bytes)]},

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 from agents.llm.policy import Spent
 
 Message = Mapping[str, str]
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Hosts that are this machine."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Readiness:
         self._policy = policy
         self._gate = gate
         self._permit = permit
-        self._why = "no answer"
-        """Why the last endpoint that was checked did not answer."""
+        self._why: dict[str, str] = {}
+        """Why each endpoint did not answer, by its name."""
 
     async def wait(self, waiting: Callable[[str, str], None], *, at_most: float | None, refuse: bool) -> None:
         """Wait until any endpoint answers, at most `at_most` seconds; raise SettingsError (see Chat.wait_ready)."""
@@ -38,11 +38,13 @@ class Readiness:
         end = None if at_most is None else loop.time() + at_most
         left = self._connections
         while left := await self._without_answer(left, refuse=refuse):
+            if not announced:
+                names = [connection.endpoint.name for connection in left]
+                reasons = dict.fromkeys(self._why.get(name, "no answer") for name in names)
+                waiting(", ".join(names), "; ".join(reasons))
+                announced = True
             if end is not None and loop.time() >= end:
                 return
-            if not announced:
-                waiting(", ".join(connection.endpoint.name for connection in left), self._why)
-                announced = True
             await asyncio.sleep(pause if end is None else min(pause, max(0.0, end - loop.time())))
             pause = min(2 * pause, self._policy.longest_wait)
 
@@ -65,13 +67,13 @@ class Readiness:
                 models = await connection.client.models()
         except RequestFailed as error:
             if error.status is None or error.status in _LOADING:
-                self._why = str(error)
+                self._why[connection.endpoint.name] = str(error)
                 return False
             if error.status in (401, 403):
                 return self._refusal_of_key(connection, error)
             models = {}
         except TimeoutError:
-            self._why = f"no answer within {self._policy.connect_timeout:g} s"
+            self._why[connection.endpoint.name] = f"no answer within {self._policy.connect_timeout:g} s"
             return False
         is_listed = connection.endpoint.model in models
         if connection.context is None:

@@ -65,6 +65,25 @@ def rule_of(member: Member) -> Rule | None:
     return None if text is None else _parsed(text)
 
 
+def at_rate(view: View, rule: Rule) -> Rule:
+    """Return the rule with the search's rate in place of `rate`, and with constant parts computed.
+
+    What a search finds holds for its rate. A rule that begins with the rate keeps it.
+    """
+    if not {"least_damage", "rate"} <= rule.features:
+        return rule
+    return _sound(_at_rate(rule.tree, view.spec.rate), rule)
+
+
+def _at_rate(tree: Node, rate: float) -> Node:
+    """Return the tree with a number for each part that has no feature but the rate."""
+    if tree.head == "rate":
+        return Node(rate)
+    tree = Node(tree.head, tuple(_at_rate(part, rate) for part in tree.parts))
+    number = _number(tree) if tree.parts else None
+    return tree if number is None else Node(float(f"{number.head:.4g}"))
+
+
 def ruled_members(view: View, members: Sequence[Member]) -> list[Member]:
     """Return the members whose rates come from rules: first those among `members`, then all others, best first."""
     by_id = {member.candidate.id: member for member in (*members, *view.measured) if rule_of(member)}
@@ -92,6 +111,7 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     The rates stay near those of a plan of the population, because the surrogate errs far from all of them. Parts that
     then have no effect are left out. Returns the rule unchanged while too few candidates are measured.
     """
+    rule = at_rate(view, rule)
     if not rule.numbers or not is_tuned(view):
         return rule
     from cmaes import CMA  # not at the start: it loads SciPy, which takes a second
@@ -190,13 +210,10 @@ def _with_number(rule: Rule, which: int, number: float) -> Rule:
 
 
 def _shorter(rule: Rule) -> Iterator[Rule]:
-    """Return the rules with one part replaced by a part of it or by a number, shortest first.
-
-    All keep what they begin with.
-    """
+    """Return the rules with one part replaced by a part of it or by a number, shortest first; all keep the rate."""
     parts = [part for part in rule.tree if part.parts]
     trees = {replaced(rule.tree, part, new) for part in parts for new in (*part.parts, _number(part) or Node(0.0))}
-    kept = rule.features & {"least_damage"} or rule.features & {"rate"}
+    kept = rule.features & {"rate", "least_damage"}
     rules = {_sound(tree, rule) for tree in trees} - {rule}
     return iter(sorted((each for each in rules if kept <= each.features), key=lambda each: (_size(each), str(each))))
 
@@ -295,7 +312,7 @@ def sample_rule_mutation(rng: random.Random, view: View, parents: Sequence[Membe
     if not ruled:
         return sample_rule(rng, view, parents)
     parent = ruled[min(rng.randrange(len(ruled)), rng.randrange(len(ruled)))]
-    return proposal_of(view, tuned(view, mutated(rng, view, _rule_of(parent)), rng), [parent])
+    return proposal_of(view, tuned(view, mutated(rng, view, _rule_of(view, parent)), rng), [parent])
 
 
 def sample_rule_crossover(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
@@ -304,10 +321,10 @@ def sample_rule_crossover(rng: random.Random, view: View, parents: Sequence[Memb
     if len(ruled) < 2:
         return sample_rule_mutation(rng, view, parents)
     one, other = rng.sample(ruled, 2)
-    return proposal_of(view, tuned(view, crossed(rng, _rule_of(one), _rule_of(other)), rng), [one, other])
+    return proposal_of(view, tuned(view, crossed(rng, _rule_of(view, one), _rule_of(view, other)), rng), [one, other])
 
 
-def _rule_of(member: Member) -> Rule:
+def _rule_of(view: View, member: Member) -> Rule:
     rule = rule_of(member)
     assert rule is not None, "ruled_members returns only members with a rule"
-    return rule
+    return at_rate(view, rule)

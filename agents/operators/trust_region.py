@@ -42,10 +42,12 @@ def sample_first_plan(rng: random.Random, view: View, _parents: Sequence[Member]
     """Return the rates of the default rule after random changes of every unit.
 
     Nothing is measured yet. From many small changes at once, the surrogate learns most about the region that matters.
-    Without sensitivity, the changes are made to uniform rates.
+    If a feature of the rule is not known, the changes are made to the allocation by sensitivity, or to uniform rates.
     """
     features = view.features
-    rates = DEFAULT_RULE.rates(features) if DEFAULT_RULE.features <= features.keys() else features["rate"]
+    rates = features.get("least_damage", features["rate"])
+    if DEFAULT_RULE.features <= features.keys():
+        rates = DEFAULT_RULE.rates(features)
     return Proposal(tuple(rate + rng.gauss(0, FIRST_SPREAD) for rate in rates), step="plans")
 
 

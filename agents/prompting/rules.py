@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from agents.operators.rules import beginning, examples, is_tuned, proposal_of, rule_of, tuned, usable_features
+from agents.operators.rules import at_rate, beginning, examples, is_tuned, proposal_of, rule_of, tuned, usable_features
 from agents.population.submission import Call
 from agents.population.view import Member, Proposal, View
 from agents.prompting.descriptions import fitness_in_words, prediction_in_words
@@ -126,7 +126,8 @@ def features_in_words(view: View) -> list[str]:
 
 def rules_in_words(view: View, members: Sequence[Member]) -> list[str]:
     """Return the rules of members with their fitness."""
-    return [f"{fitness_in_words(view, member)}: {rule}" for member in members if (rule := rule_of(member))]
+    ruled = ((member, rule_of(member)) for member in members)
+    return [f"{fitness_in_words(view, member)}: {at_rate(view, rule)}" for member, rule in ruled if rule]
 
 
 def where_wrong(view: View, member: Member) -> list[str]:
@@ -146,11 +147,13 @@ def effects_of_rules(view: View) -> list[str]:
     words: list[str] = []
     for child in reversed(view.recent):
         parent = next((known[id_] for id_ in child.candidate.provenance.parents if id_ in known), None)
-        rule, before = child.candidate.provenance.rule, parent and rule_of(parent)
+        rule, before = child.candidate.provenance.rule, rule_of(parent) if parent else None
         if rule is None or before is None or parent is None or child.fitness is None:
             continue
         stopped = ", and was stopped early" if child.stopped else ""
-        words.append(f"{before} became {rule}: {100 * (child.fitness / parent.fitness - 1):+.1f} %{stopped}")
+        words.append(
+            f"{at_rate(view, before)} became {rule}: {100 * (child.fitness / parent.fitness - 1):+.1f} %{stopped}"
+        )
         if len(words) == SHOWN_EFFECTS:
             break
     return words

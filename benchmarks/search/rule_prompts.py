@@ -85,7 +85,8 @@ def _without_patterns(schema: Any) -> Any:
 
 async def ask_all(case: Case, gguf: str, count: int, folder: Path) -> dict[str, list[str | None]]:
     """Return the rules that the LLM wrote to each variant of the prompt; None for each that it failed to write."""
-    settings = Settings.model_validate({"local_llm": {"gguf": gguf}, "run": {"folder": str(folder)}})
+    target = {"model": case.spec.model, "rate": case.spec.rate}
+    settings = Settings.model_validate({"target": target, "local_llm": {"gguf": gguf}, "run": {"folder": str(folder)}})
     settings.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[str | None]] = {}
     async with local_llm(settings) as llm, Chat(make_endpoints([llm.endpoint]), settings.llm) as chat:

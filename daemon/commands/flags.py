@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from daemon.settings.errors import in_plain_words
 from protocol.plans.allocation import Method
 from protocol.plans.plan import Split
 from protocol.plans.shape import Granularity
@@ -219,15 +220,11 @@ ELSEWHERE = {
 """Flags that are often given to the wrong command, and why it does not have them."""
 
 
-NO_NUMBER = "Input should be a valid number, unable to parse string as a number"
-"""What Pydantic says about text in place of a number."""
-
-
 def flag_sentence(error: Any) -> str:
     """Return an error of the command line as a sentence, with the command that shows the help."""
     if hasattr(error, "possibilities") and error.option_name in ELSEWHERE:  # Click's NoSuchOption
         return ELSEWHERE[error.option_name]
     message = error.format_message().replace("Value error, ", "").rstrip(".")
-    message = message.replace(NO_NUMBER, "it must be a number, such as 0.3")
+    message = in_plain_words(message)
     help_of = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
     return f"{message[:1].lower()}{message[1:]}{help_of}"

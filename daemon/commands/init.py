@@ -38,7 +38,7 @@ class EndpointKind:
 
     def at(self, base_url: str | None, llm_model: str | None, api_key_file: str | None) -> "EndpointKind":
         """Return this kind of server at an address, with a model and a key of the user's."""
-        other = llm_model is not None and llm_model != self.llm_model  # has other prices
+        other = (base_url or self.base_url, llm_model or self.llm_model) != (self.base_url, self.llm_model)
         more = [
             line
             for line in self.more
@@ -173,10 +173,12 @@ def _check_endpoint(name: str) -> None:
 
 def _check_key_file(file: str) -> None:
     """Raise SettingsError if there is no such file. The message does not show it, because it may be the key itself."""
-    if file and not expanded(file).exists():
-        raise SettingsError(
-            "there is no such file with a key: write the key into a file, and give the path of the file"
-        )
+    try:
+        is_there = not file or (expanded(file).exists() and not expanded(file).is_dir())
+    except (OSError, UsageError):  # too long for a path, for example
+        is_there = False
+    if not is_there:
+        raise SettingsError("there is no such file with a key: write the key into one, and give its path")
 
 
 def settings_text(file: str, model: str, rate: float, data: str, endpoint: EndpointKind, report: str) -> str:

@@ -5,7 +5,9 @@ a search asks again for some replies.
 """
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+from agents.llm.endpoint import LOOPBACK
 from daemon.monitor.watch_screen import unit_of_time
 from daemon.search.rehearsal import Questions
 from daemon.settings.settings import Settings
@@ -253,7 +255,8 @@ def _money(settings: Settings, asking: _Asking) -> tuple[Range | None, list[str]
     if asking is NOT_ASKED or endpoint is None:
         return None, []
     if not (endpoint.price_in or endpoint.price_out):
-        return None, ["money: unknown, because price_in and price_out are not set in llm.endpoints"]
+        is_free = urlsplit(endpoint.base_url).hostname in LOOPBACK or "price_in" in endpoint.model_fields_set
+        return None, [] if is_free else ["money: unknown, because price_in and price_out are not set in llm.endpoints"]
     prompt, reply = asking.prompt_tokens, asking.reply_tokens
     money = prompt * (endpoint.price_in / 1e6) + reply * (endpoint.price_out / 1e6)
     line = (

@@ -17,6 +17,21 @@ _MAY_HOLD_SECRETS = ("llm", "redis", "http")
 """Sections whose values are never shown, because any of them may hold a key or a password."""
 
 
+_PLAIN = {
+    "Input should be a valid number, unable to parse string as a number": "it must be a number, such as 0.3",
+    "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number, such as 12",
+    "Input should be a valid tuple": "input should be a list",
+}
+"""Messages of Pydantic that are no plain English, and what is said in their place."""
+
+
+def in_plain_words(message: str) -> str:
+    """Return a message of Pydantic as a person would say it."""
+    for theirs, ours in _PLAIN.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
 def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> str:
     """Return a sentence about the first error; `names` are all valid names, to suggest one for an unknown name.
 
@@ -29,8 +44,8 @@ def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> st
         return unknown(name, names)
     if first["type"] == "missing":
         return f"the setting {name} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:].replace("a valid tuple", "a list")
+    message = in_plain_words(first["msg"].removeprefix("Value error, "))
+    message = message[:1].lower() + message[1:]
     if not name:  # two settings that do not go together
         return message
     if first["input"] is None:

@@ -108,11 +108,9 @@ def _overrides_tree(overrides: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise SettingsError(f"the value of {name} is not valid YAML") from None
         *path, last = name.strip().split(".")
-        if any(part.isdigit() for part in path):
-            raise SettingsError(
-                f"{name} cannot be set alone: give the whole list, such as "
-                "--set 'llm.endpoints=[{base_url: …, model: …}]'"
-            )
+        if any(part.isdigit() for part in (*path, last)):
+            whole = re.sub(r"\.\d+(\..*)?$", "", name.strip())
+            raise SettingsError(f"{name} cannot be set alone: give the whole list, as in --set '{whole}=[…]'")
         branch = tree
         for part in path:
             branch = branch.setdefault(part, {})

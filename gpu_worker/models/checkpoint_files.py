@@ -19,10 +19,8 @@ from protocol.errors import ModelError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Files that map each weight to its file."""
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", *INDEXES)
-"""A folder that contains a complete model has one of these files."""
-ONE_FILE = dict(zip(INDEXES, WEIGHTS, strict=False))
-"""The single file that transformers reads in place of the files of an index, if it is there."""
+WEIGHTS = ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1])
+"""A folder that contains a complete model has one of these files. transformers reads the first that is there."""
 ADAPTER = "adapter_config.json"
 WEIGHTS_READ = ("*.safetensors", "pytorch_model*.bin")
 TEXTS_READ = (
@@ -55,6 +53,7 @@ def check_files(name: str, folder: Path) -> None:
     texts = [path for path in files if _is_one_of(path, TEXTS_READ)]
     for path in (*texts, *folder.glob("additional_chat_templates/*.jinja")):
         size, largest = _ordinary_size(name, path), MAX_FILE_BYTES.get(path.name, MAX_TEXT_BYTES)
+        _check_no_pointer(name, path)
         if size > largest:
             raise ModelError(f"the file {path.name!r} of {name!r} has {size:,} bytes; at most {largest:,} are allowed")
     for path in files:
@@ -64,7 +63,8 @@ def check_files(name: str, folder: Path) -> None:
         raise ModelError(adapter_sentence(name))
     for path in texts:
         if path.match("*.index.json"):
-            check_index(name, path, is_complete=not (folder / ONE_FILE.get(path.name, path.name)).exists())
+            preferred = WEIGHTS[: WEIGHTS.index(path.name)] if path.name in WEIGHTS else WEIGHTS
+            check_index(name, path, is_complete=not any((folder / file).exists() for file in preferred))
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -102,7 +102,7 @@ def check_stored(name: str, folder: Path, asked: int) -> None:
 
     `asked` is the number of parameters that the config declares.
     """
-    if not any(_is_one_of(path, WEIGHTS_READ) for path in folder.iterdir()):
+    if not any(_is_one_of(path, WEIGHTS_READ) or path.name in WEIGHTS for path in folder.iterdir()):
         raise ModelError(f"the folder {name!r} holds no weights (*.safetensors)")
     files = sorted(folder.glob("*.safetensors"))
     stored = sum(count for file in files for count in _sizes(name, file))
@@ -116,10 +116,7 @@ def check_stored(name: str, folder: Path, asked: int) -> None:
 def _sizes(name: str, file: Path) -> Iterator[int]:
     """Yield the number of elements of each tensor in a safetensors file. The library checks the header."""
     with file.open("rb") as opened:
-        start = opened.read(len(LFS_POINTER))
-        length = int.from_bytes(start[:8], "little")
-    if start == LFS_POINTER:
-        raise ModelError(f"the file {file.name!r} of {name!r} only names the weights; fetch them with `git lfs pull`")
+        length = int.from_bytes(opened.read(8), "little")
     if length > MAX_HEADER_BYTES:
         raise ModelError(f"the file {file.name!r} of {name!r} claims a header of {length:,} bytes")
     with safe_open(file, framework="numpy") as weights:
@@ -141,12 +138,22 @@ def _ordinary_size(name: str, path: Path) -> int:
     return status.st_size
 
 
+def _check_no_pointer(name: str, path: Path) -> None:
+    """Raise ModelError if git has put a pointer in place of the file."""
+    with path.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(
+                f"the file {path.name!r} of {name!r} is a pointer of git's; run `git lfs pull` in the folder"
+            )
+
+
 def _check_weights(name: str, path: Path) -> None:
     """Raise ModelError for weights that are not a regular file, or that unpack to more than the file's size.
 
     torch.save writes zip archives without compression, so a compressed archive is not from torch.
     """
     size = _ordinary_size(name, path)
+    _check_no_pointer(name, path)
     if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return
     try:

@@ -75,6 +75,10 @@ MAX_GENERATION_BATCH = 64
 FP64 = 8
 
 
+Fit = Literal["no", "layer by layer", "all layers"]
+"""Whether o and down are fitted, and for how many layers at once the matrices of the fit are in memory."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """The operations that a model is loaded for, as far as they need memory.
@@ -97,9 +101,11 @@ class Workload:
     """Whether sensitivity is measured, which keeps each layer's input for a batch of tokens."""
     eliminates: bool = False
     """Whether heads and channels are scored by backward elimination."""
-    reconstructs: Literal["no", "layer by layer", "all layers"] = "no"
+    reconstructs: Fit = "no"
     """Whether o and down are fitted by least squares, and if so, for how many layers at once the matrices of the fit
     (products of inputs) are in memory."""
+    kept: float = 1.0
+    """Share of the parameters that plans keep."""
     training: Training | None = None
 
     @classmethod
@@ -118,10 +124,11 @@ class Workload:
             # say whether it is for a search or an allocation.
             measures_sensitivity=True,
             reconstructs=_reconstructs(spec),
+            kept=1 - spec.rate,
         )
 
 
-def _reconstructs(spec: SearchSpec) -> Literal["no", "layer by layer", "all layers"]:
+def _reconstructs(spec: SearchSpec) -> Fit:
     if spec.reconstruction == "none":
         return "no"
     return "all layers" if spec.scoring == "dense" else "layer by layer"
@@ -148,28 +155,30 @@ class MemoryEstimate:
     main_memory: int
     """Bytes in main memory, whichever device runs the model: hidden states that sequential scoring keeps, and
     predictions of the dense model."""
+    fitted_copies: int = 0
+    """The part of `pruned_copies` that every plan needs: the columns of o and down that remain, and are fitted."""
     reconstruction: int = 0
     """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
     training_state: int = 0
     """Data that fine-tuning keeps for trained parameters: fp32 copies, gradients and AdamW's moments."""
-    fits_layer_by_layer: bool = True
-    """Whether the matrices of the fit are kept for one layer at a time, if there are any."""
+    fit: Fit = "no"
     models: int = 1
     """Number of models loaded together."""
 
     @property
     def minimum(self) -> int:
         """Return the bytes on the device that are needed in any case."""
-        return self.weights + self.reconstruction + self.training_state + self.activations
+        return self.weights + self.fitted_copies + self.reconstruction + self.training_state + self.activations
 
     @property
     def description(self) -> str:
         """Return the estimate in words."""
         parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.activations)} to run them"]
         if self.pruned_copies:
-            parts.append(f"up to {gigabytes(self.pruned_copies)} for copies of pruned weights, if there is room")
+            parts.append(f"up to {gigabytes(self.pruned_copies)} for copies of pruned weights")
         if self.reconstruction:
-            parts.append(f"{gigabytes(self.reconstruction)} for the matrices of the fit")
+            of = "scoring" if self.fit == "no" else "the fit"
+            parts.append(f"{gigabytes(self.reconstruction)} for the matrices of {of}")
         if self.training_state:
             parts.append(f"{gigabytes(self.training_state)} for what is trained")
         if self.main_memory:
@@ -206,7 +215,8 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         pruned_copies=sum(_copied_parameters(shape, layer, workload.reconstructs != "no") for layer in shape.layers)
         * size,
         reconstruction=_reconstruction_values(shape, workload) * FP32,
-        fits_layer_by_layer=workload.reconstructs != "all layers",
+        fit=workload.reconstructs,
+        fitted_copies=_fitted_parameters(shape, workload) * size,
         training_state=0 if workload.training is None else workload.training.resident_bytes(shape, size),
         activations=max(running),
         main_memory=workload.hidden_state_tokens * shape.hidden_size * size
@@ -288,6 +298,14 @@ def _copied_parameters(shape: ModelShape, layer: LayerShape, reconstructs: bool)
         return shape.query_head_parameters * heads
     columns = layer.query_heads * shape.head_dim + layer.mlp_channels
     return shape.query_head_parameters * heads + columns * shape.hidden_size
+
+
+def _fitted_parameters(shape: ModelShape, workload: Workload) -> int:
+    """Return about how many parameters of o and down a plan keeps, if they are fitted; none otherwise."""
+    if workload.reconstructs == "no":
+        return 0
+    columns = sum(layer.query_heads * shape.head_dim + layer.mlp_channels for layer in shape.layers)
+    return int(workload.kept * columns) * shape.hidden_size
 
 
 def _reconstruction_values(shape: ModelShape, workload: Workload) -> int:

@@ -32,8 +32,8 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
     """Return where a model with this estimate goes on this machine.
 
     The order is: the GPU with the most free memory, all GPUs together, and the CPU if there is no GPU. GPUs are first
-    tried with memory for the copies of any plan, then without this memory. In the second case, plans that need too many
-    copies fail as out of memory. Raises ModelError if the model fits nowhere.
+    tried with memory for the copies of any plan, then for fitted weights only. In the second case, plans that need too
+    many copies fail as out of memory. Raises ModelError if the model fits nowhere.
     """
     if not machine.gpus:
         if estimate.minimum + estimate.main_memory > machine.main_memory:
@@ -44,7 +44,7 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
             f"the texts need about {gigabytes(estimate.main_memory)} of main memory where "
             f"{gigabytes(machine.main_memory)} are available; use fewer or shorter windows (data)"
         )
-    for copies in (estimate.pruned_copies, 0):
+    for copies in (max(0, estimate.pruned_copies - estimate.fitted_copies), 0):
         placement = _on_gpus(estimate, machine, copies)
         if placement is not None:
             return placement
@@ -57,7 +57,7 @@ def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placeme
     if estimate.minimum + copies <= machine.gpus[largest]:
         return Placement(f"cuda:{largest}")
     # Reconstruction and fine-tuning keep their data on the device of each layer.
-    share = estimate.weights / (estimate.weights + estimate.reconstruction + estimate.training_state + copies)
+    share = estimate.weights / (estimate.minimum - estimate.activations + copies)
     budget = {i: int((free - estimate.activations) * share) for i, free in enumerate(machine.gpus)}
     useful = {i: weights for i, weights in budget.items() if weights > 0}
     return Placement(budget=useful) if len(useful) > 1 and sum(useful.values()) >= estimate.weights else None
@@ -66,8 +66,10 @@ def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placeme
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     """Return the error for a model that fits nowhere."""
     advice = f"{ADVICE}, or no reconstruction" if estimate.reconstruction else ADVICE
-    if not estimate.fits_layer_by_layer:
-        advice = advice.replace("use ", "use sequential scoring, for which the fit needs far less, or ", 1)
+    if estimate.fit == "all layers":
+        advice = advice.replace(
+            "use ", "use sequential scoring (of wanda-sp), for which the fit needs far less, or ", 1
+        )
     if estimate.training_state:
         advice += ", a smaller micro-batch, or LoRA if it is not"
     which = "the model is too large for this machine: it needs"

@@ -66,7 +66,8 @@ def unit_features(
     known = {
         "rate": [rate] * len(units),
         "attention": [float(unit.kind == "attention") for unit in units],
-        "mlp": [float(unit.kind == "mlp") for unit in units],
+        # A whole layer, which is mostly MLP, counts as an MLP. Prompts then do not name this feature.
+        "mlp": [float(unit.kind != "attention") for unit in units],
         "depth": [unit.layer / max(1, last) for unit in units],
         "first": [float(unit.layer == 0) for unit in units],
         "last": [float(unit.layer == last) for unit in units],

@@ -53,7 +53,9 @@ def check_model(name: str) -> None:
             raise ModelError(f"{name!r} is a file but not a GGUF file; {WHAT_TO_PASS}")
     elif path.is_dir():
         if not has_model and (path / "params.json").is_file():
-            raise ModelError(f"the folder {name!r} holds a model in Meta's own form: take Hugging Face's form of it")
+            raise ModelError(
+                f"the folder {name!r} holds a model in its maker's own form: take Hugging Face's form of it"
+            )
         if not has_model:
             raise ModelError(f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":

@@ -12,6 +12,7 @@ from agents.operators.plan_space import PlanSpace
 from agents.operators.rules import (
     MIN_OUTCOMES,
     NOTICEABLE,
+    at_rate,
     crossed,
     mutated,
     proposal_of,
@@ -220,6 +221,23 @@ def test_without_a_rule_there_is_none_to_change_and_the_selector_may_choose() ->
     with_rule = with_members(view, ruled(view, "rate - 0.3*attention"))
     for step in get_args(Step):
         assert shares_of_steps(replace(with_rule, step=step))[step] == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "at_30_percent"),
+    [
+        (
+            "least_damage - max(0, 0.34 - 0.57*rate)*tanh(depth)*mlp - 0.04*first",
+            "least_damage - 0.169*tanh(depth)*mlp - 0.04*first",
+        ),
+        ("rate - 0.1*rate*depth", "rate - 0.1*rate*depth"),
+        ("least_damage - 0.1*depth", "least_damage - 0.1*depth"),
+    ],
+)
+def test_a_rule_that_corrects_an_allocation_is_for_the_rate_of_its_search(rule: str, at_30_percent: str) -> None:
+    view = view_of("block", 20)
+    assert view.spec.rate == 0.3 and str(at_rate(view, Rule.parse(rule))) == at_30_percent
+    assert "least_damage" not in rule or "rate" not in tuned(view, Rule.parse(rule), random.Random(1)).features
 
 
 def test_a_step_is_recorded_with_its_candidate() -> None:

@@ -35,6 +35,14 @@ def test_plans_differ_and_the_same_seed_gives_the_same_plan() -> None:
     assert len({view.candidate_id(proposal.rates) for proposal in made}) == 3
 
 
+def test_without_features_first_plans_are_near_the_best_known_rates() -> None:
+    known = replace(view_of("layer", 0), population=(), measured=())
+    unknown = replace(known, profile=known.profile.model_copy(update={"sensitivity": ()}))
+    for view, near in ((known, known.features["least_damage"]), (unknown, unknown.features["rate"])):
+        rates = sample_plan(random.Random(0), view, ()).rates
+        assert max(abs(a - b) for a, b in zip(rates, near, strict=True)) < 5 * FIRST_SPREAD
+
+
 def test_without_members_a_plan_near_the_default_rule_is_drawn() -> None:
     view = replace(view_of("layer", 0), population=(), measured=())
     influence = tuple(range(1, 1 + len(view.units)))

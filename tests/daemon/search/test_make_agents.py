@@ -256,7 +256,7 @@ async def test_a_search_by_rules_keeps_them_beside_its_best(
         rates = Rule.parse(evaluation.candidate.provenance.rule or "").rates(view.features)
         assert view.candidate_id(rates) == evaluation.candidate.id, "its rates are what the rule says"
     summary = summarise("one", search.state, {}, finished=True)
-    own = next(e.candidate for e in ruled if e.candidate.provenance.agent != "seed")
+    own = next(e.candidate for e in ruled if e.candidate.provenance.source != "allocation")
     assert summary.rule == own.provenance.rule
     assert summary.best_rule is not None and summary.best_rule.report_perplexity is not None
 

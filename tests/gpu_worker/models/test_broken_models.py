@@ -268,9 +268,14 @@ def test_weights_that_are_not_there_are_named(folder: Path) -> None:
     assert "holds no weights" in refusal(folder)
 
 
+def test_an_index_that_transformers_does_not_read_need_not_be_complete(folder: Path) -> None:
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
+    assert not refusal(folder)
+
+
 def test_a_file_that_git_has_put_in_place_of_weights_is_called_so(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "fetch them with `git lfs pull`" in refusal(folder)
+    assert "'model.safetensors'" in (said := refusal(folder)) and "run `git lfs pull`" in said
 
 
 def test_a_merged_model_loads_as_it_is_although_its_adapter_is_still_there(folder: Path, tmp_path: Path) -> None:

@@ -45,9 +45,8 @@ def test_reconstruction_needs_squares_of_every_width(scoring: str) -> None:
     assert plain.reconstruction == 0
     assert squares * layers < fitted.reconstruction < 2 * squares * (layers + 1)
     assert fitted.pruned_copies - plain.pruned_copies == 32 * 4096 * (4096 + 11008) * 2
-    assert (
-        "for the matrices of the fit" in fitted.description and "for the matrices of the fit" not in plain.description
-    )
+    assert plain.fitted_copies == 0 and fitted.fitted_copies == pytest.approx(0.7 * fitted.pruned_copies, rel=1e-4)
+    assert "matrices of the fit" in fitted.description and "matrices" not in plain.description
 
 
 def test_elimination_keeps_the_squares_of_all_layers_while_it_scores() -> None:
@@ -137,16 +136,16 @@ def test_shared_kv_heads_need_room_for_the_query_heads_of_a_pruned_model() -> No
 def test_the_words_name_every_part_that_there_is() -> None:
     estimate = MemoryEstimate(13_476_831_232, 2_100_000_000, 800_000_000, 1_073_741_824)
     assert estimate.description == (
-        "about 13.5 GB for weights, 0.8 GB to run them, up to 2.1 GB for copies of pruned weights, if there is room, "
+        "about 13.5 GB for weights, 0.8 GB to run them, up to 2.1 GB for copies of pruned weights, "
         "1.1 GB of main memory for texts"
     )
     assert MemoryEstimate(1_234_000, 0, 200_000, 0).description == "about 1.2 MB for weights, 0.2 MB to run them"
 
 
 def test_the_workload_of_a_spec_is_its_longest_window() -> None:
-    assert Workload.of(SPEC) == Workload(seqlen=2048, generates_text=True, measures_sensitivity=True)
+    assert Workload.of(SPEC) == Workload(seqlen=2048, generates_text=True, measures_sensitivity=True, kept=0.7)
     plain = SPEC.model_copy(update={"fitness": SPEC.calibration, "report": None})
-    assert Workload.of(plain) == Workload(seqlen=1024, measures_sensitivity=True)
+    assert Workload.of(plain) == Workload(seqlen=1024, measures_sensitivity=True, kept=0.7)
 
 
 def test_the_workload_of_a_spec_counts_what_its_settings_keep() -> None:

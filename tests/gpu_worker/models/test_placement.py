@@ -44,16 +44,23 @@ def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_i
         place(SEVEN_BILLION, machine(7, 7))
     assert str(refusal.value) == (
         "the model is too large for this machine: it needs about 14.0 GB for weights, 1.0 GB to run them, up to 2.0 GB "
-        "for copies of pruned weights, if there is room, 1.0 GB of main memory for texts; "
+        "for copies of pruned weights, 1.0 GB of main memory for texts; "
         "the 2 GPUs have 14.0 GB free (7.0 GB, 7.0 GB); use "
         "shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
     )
 
 
 def test_scoring_all_layers_at_once_is_what_to_change_first_if_the_fit_is_too_large() -> None:
-    large = MemoryEstimate(14 * GB, 0, GB, 0, reconstruction=40 * GB, fits_layer_by_layer=False)
-    with pytest.raises(ModelError, match="use sequential scoring, for which the fit needs far less, or shorter"):
+    large = MemoryEstimate(14 * GB, 0, GB, 0, reconstruction=40 * GB, fit="all layers")
+    with pytest.raises(ModelError, match="use sequential scoring"):
         place(large, machine(48))
+
+
+def test_copies_that_every_plan_needs_must_fit_others_need_not() -> None:
+    estimate = MemoryEstimate(14 * GB, pruned_copies=6 * GB, activations=GB, main_memory=0, fitted_copies=3 * GB)
+    assert place(estimate, machine(18)) == Placement("cuda:0")
+    with pytest.raises(ModelError, match="too large"):
+        place(estimate, machine(17))
 
 
 LONG_TEXTS = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)
