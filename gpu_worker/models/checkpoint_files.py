@@ -23,9 +23,11 @@ WEIGHTS = ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1])
 """A folder that contains a complete model has one of these files. transformers reads the first that is there."""
 ADAPTER = "adapter_config.json"
 WEIGHTS_READ = ("*.safetensors", "pytorch_model*.bin")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "*.model", "*.spm", "tekken.json", "vocab*.json", "vocab*.txt")
+"""Files of which a tokenizer has at least one."""
 TEXTS_READ = (
     *("config.json", "config.*.json", "generation_config.json", "*.index.json"),
-    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.spm", "tekken.json", "vocab*.json", "vocab*.txt"),
+    *("tokenizer*.json", *VOCABULARIES),
     *("merges*.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
 """File names that transformers opens for a model and its tokenizer. Other files in the folder, such as logs or dangling
@@ -65,6 +67,11 @@ def check_files(name: str, folder: Path) -> None:
         if path.match("*.index.json"):
             preferred = WEIGHTS[: WEIGHTS.index(path.name)] if path.name in WEIGHTS else WEIGHTS
             check_index(name, path, is_complete=not any((folder / file).exists() for file in preferred))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether the folder holds the vocabulary of a tokenizer."""
+    return any(_is_one_of(path, VOCABULARIES) for path in folder.iterdir())
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:

@@ -18,6 +18,7 @@ from gpu_worker.models.checkpoint_files import (
     check_files,
     check_index,
     check_stored,
+    has_tokenizer,
 )
 from gpu_worker.models.checkpoints import check_config, load_weights, longest_positions, reading, reason, unmap
 from gpu_worker.models.families import FAMILIES, Decoder, extract_decoder
@@ -156,6 +157,8 @@ def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
 
 
 def _tokenizer(name: str, found: _Found) -> Any:
+    if Path(found.source).is_dir() and not has_tokenizer(Path(found.source)):
+        raise ModelError(f"the folder {name!r} has no tokenizer (tokenizer.json)")
     with reading(partial(_cannot_load, name, "tokenizer", found.offline)):
         return transformers.AutoTokenizer.from_pretrained(found.source, **found.options)
 

@@ -268,6 +268,12 @@ def test_weights_that_are_not_there_are_named(folder: Path) -> None:
     assert "holds no weights" in refusal(folder)
 
 
+def test_a_folder_without_a_tokenizer_is_called_so(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer (tokenizer.json)" in refusal(folder)
+
+
 def test_an_index_that_transformers_does_not_read_need_not_be_complete(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
     assert not refusal(folder)
