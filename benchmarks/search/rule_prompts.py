@@ -30,7 +30,7 @@ from rich.table import Table
 from agents.initializer import Initializer
 from agents.llm.chat import Chat
 from agents.llm.endpoint import Answer, Question
-from agents.operators.rules import examples, random_rule
+from agents.operators.rules import beginning, examples, random_rule, usable_features
 from agents.population.view import Accepted
 from agents.prompting.settings import AgentSettings
 from benchmarks.output_folder import lock_folder
@@ -43,7 +43,7 @@ from daemon.settings.target import check_text
 from gpu_worker.measuring.half_precision import products_in_float32
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.plans.candidate import Provenance
-from protocol.plans.rule import DEFAULT_RULE, Rule
+from protocol.plans.rule import Rule
 from protocol.runtime.files import write_atomically
 
 CUTS: dict[str, tuple[str, str]] = {
@@ -106,11 +106,21 @@ async def ask_all(case: Case, gguf: str, count: int, folder: Path) -> dict[str, 
 
 def show(case: Case, rules: dict[str, list[str | None]]) -> None:
     """Measure all rules and print a row for each variant."""
-    start = case.of_rule(DEFAULT_RULE)
+    begun = beginning(usable_features(case.view))
+    start = case.of_rule(Rule.parse(begun))
     shown = [Rule.parse(text) for text in examples(case.view)]
     forms = {_form(rule) for rule in shown}
-    table = Table(title=f"{case.name}: first rules of an LLM, not tuned; {DEFAULT_RULE} alone has {start:.4f}")
-    for name in ("", "rules", "distinct", "an example", "… with other numbers", "best", "median", f"< {DEFAULT_RULE}"):
+    table = Table(title=f"{case.name}: first rules of an LLM, not tuned; {begun} alone has {start:.4f}")
+    for name in (
+        "",
+        "rules",
+        "distinct",
+        "an example",
+        "… with other numbers",
+        "best",
+        "median",
+        f"better than {begun}",
+    ):
         table.add_column(name, justify="right" if name else "left")
     for variant, texts in rules.items():
         read = [Rule.parse(text) for text in texts if text is not None]
