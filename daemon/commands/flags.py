@@ -48,7 +48,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help="Redis server; by default the search's own. For password files see docs/guides/many-machines.md.",
+        help="Redis server; by default the search's own. For password files see the guide many-machines.md.",
         callback=_with_password,
     ),
 ]
