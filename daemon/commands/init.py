@@ -121,10 +121,11 @@ def init(
     if data is None:
         usual = "self" if model == SMOLLM2 else "wikitext2"
         data = _asked("Text to search on (wikitext2, c4, self, or a file)", usual, check_text) if asks else usual
-    if endpoint is None:
-        names = f"LLM that proposes ({', '.join(KINDS)})"
-        asked = _asked(names, "none", _check_endpoint) if asks and not base_url else "other" if base_url else "none"
-        endpoint = cast(EndpointName, asked)
+    if endpoint is None and base_url:
+        endpoint = "other"
+    elif endpoint is None:
+        question = f"LLM that proposes ({', '.join(KINDS)})"
+        endpoint = cast(EndpointName, _asked(question, "none", _check_endpoint)) if asks else "none"
     if endpoint == "none" and (llm_model or base_url or api_key_file):
         raise SettingsError("--llm-model, --base-url and --api-key-file need --endpoint")
     kind = KINDS[endpoint]
