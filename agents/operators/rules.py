@@ -312,7 +312,7 @@ def sample_rule_mutation(rng: random.Random, view: View, parents: Sequence[Membe
     if not ruled:
         return sample_rule(rng, view, parents)
     parent = ruled[min(rng.randrange(len(ruled)), rng.randrange(len(ruled)))]
-    return proposal_of(view, tuned(view, mutated(rng, view, _rule_of(view, parent)), rng), [parent])
+    return proposal_of(view, tuned(view, mutated(rng, view, _rule_of(parent)), rng), [parent])
 
 
 def sample_rule_crossover(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
@@ -321,10 +321,10 @@ def sample_rule_crossover(rng: random.Random, view: View, parents: Sequence[Memb
     if len(ruled) < 2:
         return sample_rule_mutation(rng, view, parents)
     one, other = rng.sample(ruled, 2)
-    return proposal_of(view, tuned(view, crossed(rng, _rule_of(view, one), _rule_of(view, other)), rng), [one, other])
+    return proposal_of(view, tuned(view, crossed(rng, _rule_of(one), _rule_of(other)), rng), [one, other])
 
 
-def _rule_of(view: View, member: Member) -> Rule:
+def _rule_of(member: Member) -> Rule:
     rule = rule_of(member)
     assert rule is not None, "ruled_members returns only members with a rule"
-    return at_rate(view, rule)
+    return rule

@@ -66,7 +66,7 @@ def check_files(name: str, folder: Path) -> None:
     for path in texts:
         if path.match("*.index.json"):
             preferred = WEIGHTS[: WEIGHTS.index(path.name)] if path.name in WEIGHTS else WEIGHTS
-            check_index(name, path, is_complete=not any((folder / file).exists() for file in preferred))
+            check_index(name, path, must_be_complete=not any((folder / file).exists() for file in preferred))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -83,7 +83,7 @@ def adapter_sentence(name: str) -> str:
     return f"{name!r} holds only an adapter ({ADAPTER}) and no model; merge it into its base model"
 
 
-def check_index(name: str, index: Path, *, is_complete: bool) -> None:
+def check_index(name: str, index: Path, *, must_be_complete: bool) -> None:
     """Raise ModelError unless the index refers only to files in its own folder; all of them, if it must be complete."""
     written = _read_json(name, index)
     where = written.get("weight_map") if isinstance(written, Mapping) else None
@@ -94,7 +94,7 @@ def check_index(name: str, index: Path, *, is_complete: bool) -> None:
             raise ModelError(f"the file {index.name!r} of {name!r} names {quoted(file)}, which is outside the folder")
         if (index.parent / file).exists():
             _check_weights(name, index.parent / file)
-        elif is_complete:
+        elif must_be_complete:
             raise ModelError(f"the folder {name!r} lacks {quoted(file)}, which {index.name} names; download it again")
 
 

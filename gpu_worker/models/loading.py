@@ -153,7 +153,7 @@ def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
             source, file, local_files_only=offline, _raise_exceptions_for_missing_entries=False
         )
         if found is not None:
-            check_index(name, Path(found), is_complete=False)  # its files are downloaded later
+            check_index(name, Path(found), must_be_complete=False)  # its files are downloaded later
 
 
 def _tokenizer(name: str, found: _Found) -> Any:

@@ -258,32 +258,6 @@ def test_an_adapter_without_a_model_of_its_own_does_not_lead_to_the_model_that_i
     assert "holds only an adapter (adapter_config.json) and no model" in refusal(folder)
 
 
-def test_weights_that_are_not_there_are_named(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002.bin"}}))
-    assert "lacks 'model-00002.bin', which model.safetensors.index.json names" in refusal(folder)
-    index.unlink()
-    (folder / "model-00001-of-00002.safetensors").unlink()
-    assert "holds no weights" in refusal(folder)
-
-
-def test_a_folder_without_a_tokenizer_is_called_so(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    assert "has no tokenizer (tokenizer.json)" in refusal(folder)
-
-
-def test_an_index_that_transformers_does_not_read_need_not_be_complete(folder: Path) -> None:
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
-    assert not refusal(folder)
-
-
-def test_a_file_that_git_has_put_in_place_of_weights_is_called_so(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "'model.safetensors'" in (said := refusal(folder)) and "run `git lfs pull`" in said
-
-
 def test_a_merged_model_loads_as_it_is_although_its_adapter_is_still_there(folder: Path, tmp_path: Path) -> None:
     weights = _weights_of(str(folder))
     _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
