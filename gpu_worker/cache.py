@@ -126,7 +126,7 @@ def remembered(
 
 
 def _store(folder: Path, manifest: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Write an entry, unless another process is writing the same one."""
+    """Write an entry, unless another process has written, or is writing, the same one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     try:
@@ -134,6 +134,8 @@ def _store(folder: Path, manifest: dict[str, Any], write: Callable[[Path], None]
     except FileExistsError:
         return
     try:
+        if folder.is_dir():  # written while this process computed
+            return
         write(unfinished)
         files = {path.name: _file_digest(path) for path in sorted(unfinished.iterdir())}
         (unfinished / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.evaluation.sensitivity import beginnings
+from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.models.limits import ROWS_PER_CHUNK
 from gpu_worker.pruning.importance import LayerImportance
@@ -48,7 +49,7 @@ def _block_influence(decoder: Decoder, text: Tensor) -> list[float]:
     """Return 1 − the mean cosine of each layer's input and output over tokens (Men et al., 2024, equation 1)."""
     windows = beginnings(text)
     found = []
-    with torch.inference_mode():
+    with torch.inference_mode(), whole_windows(decoder):
         hidden = decoder.embedding(windows.to(decoder.device))
         calls, _ = record_calls(decoder, windows, keep_hidden=False)
         for layer, call in zip(decoder.layers, calls, strict=True):

@@ -37,11 +37,21 @@ def out_of_memory_as_usage_error(model: str) -> Iterator[None]:
 def answer(session: Session, request: dict[str, Any]) -> Outcome:
     """Return the outcome of a request `{"plan": …, "text": …, "race": …}`.
 
-    Raises DeviceLostError when the process must end.
+    When memory runs out, the plan is measured once more from a dense model, which has no copied weights. Raises
+    DeviceLostError when the process must end.
     """
     try:
         race = None if request.get("race") is None else Race.model_validate(request["race"])
-        return session.race(Plan.model_validate(request["plan"]), race, request["text"])
+        plan = Plan.model_validate(request["plan"])
+        try:
+            return session.race(plan, race, request["text"])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+        session.target.ordered.restore()
+        _free_cached()
+        return session.race(plan, race, request["text"])
     except NotFiniteError as error:
         return Failed(reason="not-finite", detail=str(error))
     # pydantic raises ValueError for an invalid plan.
@@ -67,5 +77,10 @@ def _free_memory(error: BaseException) -> None:
     The error keeps the frames of its traceback alive, and the frames keep their tensors.
     """
     traceback.clear_frames(error.__traceback__)
+    _free_cached()
+
+
+def _free_cached() -> None:
+    """Return to the GPU what torch keeps for later."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

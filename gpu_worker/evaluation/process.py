@@ -105,6 +105,15 @@ def keep_libraries_quiet() -> None:
         warnings.simplefilter("ignore")
 
 
+def let_segments_grow() -> None:
+    """Let torch extend its segments of GPU memory: each plan has other shapes, which fit few of the holes of the last.
+
+    Must be called before torch is imported. A user's own choice stays.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def offer_text(lines: Lines, replies: Replies, text: str) -> str:
     """Offer text that the model wrote to the search; return the published text, which may be another worker's."""
     replies.send({"self_text": text})
@@ -151,6 +160,7 @@ def main() -> int:
     lines: Lines = queue.SimpleQueue()
     threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
     keep_libraries_quiet()
+    let_segments_grow()
     structlog.configure(processors=[replies.log])
     try:
         return serve(lines, replies)

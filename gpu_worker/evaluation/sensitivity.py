@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.measuring.divergence import DensePredictions, divergence_from, predictions_from
+from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import SENSITIVITY_WINDOWS
 from gpu_worker.progress import Progress, no_progress, steps
@@ -37,7 +38,7 @@ def measure_sensitivity(
     """
     ordered.restore()
     shape = ordered.decoder.shape
-    with torch.inference_mode():
+    with torch.inference_mode(), whole_windows(ordered.decoder):
         run = _DenseRun.of(ordered.decoder, beginnings(text))
         units = steps(progress, "measuring sensitivity", shape.units(spec.granularity))
         return tuple(_harm(ordered, run, unit, single_unit_plan(unit, spec, shape)) for unit in units)

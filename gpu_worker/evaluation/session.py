@@ -10,11 +10,17 @@ from torch import Tensor
 
 from gpu_worker.evaluation.preparation import Dense, remembered_dense
 from gpu_worker.evaluation.target import ShareText, Target
-from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
-from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, window_loss
+from gpu_worker.measuring.divergence import (
+    DensePredictions,
+    dense_predictions,
+    mean_divergence,
+    window_divergence,
+)
+from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, read, window_loss
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import device_name
+from gpu_worker.models.memory import has_room
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, ModelError
 from protocol.plans.allocation import OUTLIER_THRESHOLD
@@ -27,6 +33,9 @@ from protocol.plans.spec import SearchSpec
 
 DECIMALS = 6
 """Decimals of the losses of single windows, which races compare."""
+SMALL = 0.1
+"""Share of a GPU's free memory that the dense model's predictions may take there. What takes more stays in main memory,
+and is copied for each window."""
 
 
 class Session:
@@ -76,27 +85,31 @@ class Session:
         self, plan: Plan | AnyHeadsPlan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
     ) -> Measured | Stopped:
         """Measure as `evaluate` does, but stop as soon as the plan has lost its race."""
-        windows, decoder = self._windows(text), self.target.model.decoder
+        decoder = self.target.model.decoder
+        windows = self._windows(text).to(decoder.device)
         dense = self._predictions.get(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        totals = _RunningTotals(race)
-        for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
-            predicted = len(window) - 1
-            kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
-            totals.take(decoder, window[None], kept)
-            if totals.is_beaten:
-                break
+        seen = _Windows(decoder)
+        with self.target.ordered.aligned():
+            for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
+                predicted = len(window) - 1
+                kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
+                seen.take(window[None], kept)
+                if race is not None and race.is_decided_after(i + 1) and race.is_lost(seen.fitness()):
+                    break
         figures: dict[str, Any] = {
-            "perplexity": perplexity_of(totals.loss, totals.tokens),
-            "kl": totals.divergence,
+            "perplexity": seen.perplexity(),
+            "kl": None if dense is None else seen.divergence(),
             "parameters": count_parameters(plan, self.shape),
-            "tokens": totals.tokens,
+            "tokens": seen.tokens,
             "seconds": time.perf_counter() - start,
         }
-        if totals.is_beaten:
-            return Stopped(behind=totals.behind, windows=len(totals.losses), of_windows=len(windows), **figures)
-        return Measured(losses=tuple(totals.losses) if race else (), **figures)
+        losses = seen.fitness() if race else []
+        if race is not None and race.is_lost(losses):
+            behind = statistics.fmean(loss - other for loss, other in zip(losses, race.against, strict=False))
+            return Stopped(behind=behind, windows=len(losses), of_windows=len(windows), **figures)
+        return Measured(losses=tuple(losses), **figures)
 
     def _windows(self, text: Text) -> Tensor:
         texts = self.target.texts
@@ -145,8 +158,13 @@ class Session:
         key = self.target.key | {"predictions": keeps}
         found, predictions = remembered_dense(key, self.spec.model, windows, measure)
         if predictions is not None:
-            self._predictions[text] = predictions
+            self._predictions[text] = _nearby(predictions, self.target.model.decoder.head.weight.device)
         return found
+
+
+def _nearby(predictions: DensePredictions, device: torch.device) -> DensePredictions:
+    """Return the predictions on `device` if they take little of its memory, otherwise unchanged."""
+    return predictions.to(device) if has_room(device, predictions.bytes, SMALL) else predictions
 
 
 def _measuring(what: str, text: Text) -> str:
@@ -154,45 +172,40 @@ def _measuring(what: str, text: Text) -> str:
     return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
 
 
-class _RunningTotals:
-    """Running totals of a plan's evaluation."""
+class _Windows:
+    """The measured windows of one evaluation. Nothing waits for the device until a figure is asked for."""
 
-    def __init__(self, race: Race | None) -> None:
-        self._race = race
-        self.loss = self._kl = 0.0
-        self.tokens = 0
-        self.losses: list[float] = []
-        """The fitness of each window in nats per token: the window's loss or divergence."""
-        self.has_kl = False
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._tokens: list[int] = []
+        self._losses: list[Tensor] = []
+        self._divergences: list[Tensor] = []
 
-    def take(self, decoder: Decoder, window: Tensor, dense: DensePredictions | None) -> None:
+    def take(self, window: Tensor, dense: DensePredictions | None) -> None:
         """Measure a window [1, seqlen], including its divergence if its `dense` predictions are given."""
-        tokens = window.shape[1] - 1
+        self._tokens.append(window.shape[1] - 1)
         if dense is None:
             with torch.inference_mode():
-                loss = fitness = window_loss(decoder, window)
+                self._losses.append(window_loss(self._decoder, window))
         else:
-            found = divergence(decoder, window, dense)
-            loss, fitness = math.log(found.perplexity) * tokens, found.kl * tokens
-            self._kl += fitness
-            self.has_kl = True
-        self.loss += loss
-        self.tokens += tokens
-        self.losses.append(round(fitness / tokens, DECIMALS))
+            loss, kl = window_divergence(self._decoder, window, dense)
+            self._losses.append(loss)
+            self._divergences.append(kl)
 
     @property
-    def divergence(self) -> float | None:
-        """Return the mean divergence over the tokens so far; None if it is not measured."""
-        return self._kl / self.tokens if self.has_kl else None
+    def tokens(self) -> int:
+        """Return the number of predicted tokens."""
+        return sum(self._tokens)
 
-    @property
-    def is_beaten(self) -> bool:
-        """Return whether the race is lost."""
-        return self._race is not None and self._race.is_lost(self.losses)
+    def perplexity(self) -> float:
+        """Return the perplexity of all windows. Raises NotFiniteError if it is not finite."""
+        return perplexity_of(math.fsum(read(self._losses)), self.tokens)
 
-    @property
-    def behind(self) -> float:
-        """Return how much worse the plan is than its opponent, in nats per token."""
-        assert self._race is not None
-        pairs = zip(self.losses, self._race.against, strict=False)
-        return statistics.fmean(loss - other for loss, other in pairs)
+    def divergence(self) -> float:
+        """Return the mean divergence of all windows in nats. Raises NotFiniteError if it is not finite."""
+        return mean_divergence(math.fsum(read(self._divergences)), self.tokens)
+
+    def fitness(self) -> list[float]:
+        """Return each window's divergence, or loss if that is not measured, in nats per token."""
+        found = read(self._divergences or self._losses)
+        return [round(value / tokens, DECIMALS) for value, tokens in zip(found, self._tokens, strict=True)]

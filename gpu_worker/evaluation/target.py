@@ -49,7 +49,8 @@ class Target:
 
     With `outlier_threshold` (OWL's M), each layer's `outliers` are counted on the dense model. `check` is called with
     the loaded model and may raise. If the model writes a text, `share_text` makes all workers use the same text. With
-    `measured=False`, only the calibration text is read. Raises UsageError for a model or text that is not available.
+    `measured=False`, only the calibration text is read. Without `model`, the model of the spec is loaded.
+    Raises UsageError for a model or text that is not available.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Target:
         check: Callable[[LoadedModel], None] | None = None,
         share_text: ShareText | None = None,
         measured: bool = True,
+        model: LoadedModel | None = None,
     ) -> None:
         self.spec = spec
         self._progress = progress
         self._scored: tuple[Plan, int] | None = None
-        self.model = _load(spec, progress)
+        self.model = _load(spec, progress) if model is None else model
         check_length(self.model, max(text.seqlen for text in spec.texts.values()))
         if check is not None:
             check(self.model)

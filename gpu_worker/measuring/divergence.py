@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_worker.measuring.perplexity import final_hidden, logit_chunks, perplexity_of
+from gpu_worker.measuring.perplexity import final_hidden, logit_chunks, perplexity_of, read
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import KL_TOP_K
@@ -21,7 +21,7 @@ from gpu_worker.progress import Progress, no_progress, steps
 
 @dataclass(frozen=True)
 class DensePredictions:
-    """The dense model's predictions for a text, on the CPU: `k` tokens kept for each of `n` predictions.
+    """The dense model's predictions for a text: `k` tokens kept for each of `n` predictions.
 
     Logits keep the model's dtype, in which they were computed, so nothing is lost.
     """
@@ -44,6 +44,15 @@ class DensePredictions:
             torch.empty(count),
             torch.empty(count),
         )
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+    def to(self, device: torch.device) -> "DensePredictions":
+        """Return the predictions on `device`."""
+        return DensePredictions(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def part(self, rows: slice) -> "DensePredictions":
         """Return views of the predictions of `rows`."""
@@ -95,12 +104,12 @@ def dense_predictions(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     head = decoder.head
     kept = DensePredictions.empty(tokens, min(top, head.out_features), head.weight.dtype)
-    loss = 0.0
+    losses = []
     with torch.inference_mode():
         for chunk in _chunks(decoder, windows, progress, stage):
-            loss += chunk.loss
+            losses.append(chunk.loss)
             kept.keep(chunk)
-    return kept, perplexity_of(loss, tokens), tokens
+    return kept, perplexity_of(sum(read(losses)), tokens), tokens
 
 
 def divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> Divergence:
@@ -108,15 +117,29 @@ def divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> Di
 
     Raises NotFiniteError if the perplexity or the divergence is not finite.
     """
-    loss = kl = 0.0
+    loss, kl = read(window_divergence(decoder, windows, dense))
+    tokens = len(dense.tokens)
+    return Divergence(perplexity_of(loss, tokens), mean_divergence(kl, tokens), tokens)
+
+
+def window_divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> tuple[Tensor, Tensor]:
+    """Return the loss and the divergence of the predictions for `windows` (long, [n, seqlen]), summed over tokens.
+
+    Both are fp64 scalars in nats on the head's device (see `perplexity.read`).
+    """
+    losses, divergences = [], []
     with torch.inference_mode():
         for chunk in _chunks(decoder, windows):
-            loss += chunk.loss
-            kl += _divergence_of(chunk, dense)
-    tokens = len(dense.tokens)
-    if not math.isfinite(kl):
-        raise NotFiniteError(f"the mean KL divergence over {tokens} tokens is {kl / tokens}")
-    return Divergence(perplexity_of(loss, tokens), kl / tokens, tokens)
+            losses.append(chunk.loss)
+            divergences.append(_divergence_of(chunk, dense))
+        return torch.stack(losses).sum(), torch.stack(divergences).sum()
+
+
+def mean_divergence(total: float, tokens: int) -> float:
+    """Return the mean of a divergence that sums to `total` over `tokens`. Raises NotFiniteError if it is not finite."""
+    if not math.isfinite(total):
+        raise NotFiniteError(f"the mean KL divergence over {tokens} tokens is {total / tokens}")
+    return total / tokens
 
 
 def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor) -> DensePredictions:
@@ -135,15 +158,15 @@ def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor) -> Dense
 
 def divergence_from(decoder: Decoder, hidden: Tensor, windows: Tensor, dense: DensePredictions) -> float:
     """Return KL(dense ‖ pruned) in nats per predicted token from final hidden states; NaN if these are not finite."""
-    total = sum(_divergence_of(chunk, dense) for chunk in _chunks_of(decoder, hidden, windows))
+    total = sum(read([_divergence_of(chunk, dense) for chunk in _chunks_of(decoder, hidden, windows)]))
     return total / len(dense.tokens)
 
 
-def _divergence_of(chunk: "_Chunk", dense: DensePredictions) -> float:
+def _divergence_of(chunk: "_Chunk", dense: DensePredictions) -> Tensor:
     """Return the divergence summed over the predictions of a chunk, and overwrite its logits."""
     device = chunk.logits.device
     found = chunk.log_probabilities(dense.kept_tokens(chunk.rows, device))
-    return kl_divergence(dense.log_probabilities(chunk.rows, device), found).sum().item()
+    return kl_divergence(dense.log_probabilities(chunk.rows, device), found).sum()
 
 
 def kl_divergence(expected: Tensor, found: Tensor) -> Tensor:
@@ -173,9 +196,9 @@ class _Chunk:
     """The actual next tokens [rows]."""
 
     @property
-    def loss(self) -> float:
-        """Return the summed negative log-likelihood."""
-        return (self.log_total - self.logits.gather(-1, self.targets[:, None])[:, 0]).double().sum().item()
+    def loss(self) -> Tensor:
+        """Return the summed negative log-likelihood, a fp64 scalar."""
+        return (self.log_total - self.logits.gather(-1, self.targets[:, None])[:, 0]).double().sum()
 
     def log_probabilities(self, tokens: Tensor) -> Tensor:
         """Return log-probabilities of `tokens` [rows, k] and, in the last column, of all other tokens together.
@@ -192,7 +215,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Yield the model's predictions for each window in turn."""
     start = 0
-    for window in steps(progress, stage, windows):
+    for window in steps(progress, stage, windows.to(decoder.device)):
         yield from _chunks_of(decoder, final_hidden(decoder, window[None]), window[None], start)
         start += len(window) - 1
 

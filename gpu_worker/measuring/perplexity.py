@@ -1,12 +1,13 @@
 """Measures perplexity: the exponential of the mean negative log-likelihood per token over windows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
@@ -21,12 +22,19 @@ def perplexity(
     The mean is over tokens, as in transformers' `labels=` loss; a window's first token is never predicted.
     Raises NotFiniteError if the result is not finite.
     """
-    total = 0.0
     with torch.inference_mode():
-        for window in steps(progress, stage, windows):
-            total += window_loss(decoder, window[None])
+        losses = [window_loss(decoder, window[None]) for window in steps(progress, stage, windows.to(decoder.device))]
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return perplexity_of(total, tokens), tokens
+    return perplexity_of(sum(read(losses)), tokens), tokens
+
+
+def read(values: Sequence[Tensor]) -> list[float]:
+    """Return scalars (0-dim, on one device) as floats.
+
+    This waits for all that the device still has to compute. While windows are measured, nothing else waits for it, so
+    that it is never idle.
+    """
+    return torch.stack(list(values)).tolist() if values else []
 
 
 def perplexity_of(loss: float, tokens: int) -> float:
@@ -52,8 +60,10 @@ def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, st
     return math.exp(math.fsum(losses) / len(losses)), tokens
 
 
-def window_loss(decoder: Decoder, window: Tensor) -> float:
+def window_loss(decoder: Decoder, window: Tensor) -> Tensor:
     """Return the summed negative log-likelihood in nats of all but the first tokens of `window` [batch, seqlen].
+
+    The sum is a fp64 scalar on the head's device (see `read`).
 
     Running one window at a time is as fast as running several, because a thousand tokens saturate the matmuls.
     """
@@ -62,11 +72,12 @@ def window_loss(decoder: Decoder, window: Tensor) -> float:
 
 def final_hidden(decoder: Decoder, window: Tensor) -> Tensor:
     """Return the body's final hidden states [batch, seqlen, hidden size] of `window` [batch, seqlen]."""
-    hidden: Tensor = decoder.body(input_ids=window.to(decoder.device), use_cache=False).last_hidden_state
+    with whole_windows(decoder):
+        hidden: Tensor = decoder.body(input_ids=window.to(decoder.device), use_cache=False).last_hidden_state
     return hidden
 
 
-def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
+def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> Tensor:
     """Return the loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
 
     Sums in fp32 within a chunk, and in fp64 over the chunks.
@@ -74,7 +85,7 @@ def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=decoder.head.weight.device)
     for logits, targets in logit_chunks(decoder, hidden, window):
         total += F.cross_entropy(logits, targets, reduction="sum").double()
-    return total.item()
+    return total
 
 
 def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -358,6 +358,11 @@ def this_machine() -> Machine:
     return Machine(gpus, main_memory())
 
 
+def has_room(device: torch.device, amount: int, share: float) -> bool:
+    """Return whether `amount` bytes are at most this share of what is free on `device`, if that is a GPU."""
+    return device.type == "cuda" and amount <= share * torch.cuda.mem_get_info(device)[0]
+
+
 def main_memory(root: Path = Path("/")) -> int:
     """Return the available main memory in bytes: the kernel's figure, or a container's limit if it is smaller."""
     limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")

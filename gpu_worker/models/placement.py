@@ -5,7 +5,7 @@ permanent place on the device to be reordered in. A search runs the model hundre
 each run far too slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ import transformers
 from gpu_worker.models.memory import Machine, MemoryEstimate, gigabytes
 from protocol.errors import ModelError
 
+MARGIN = 0.04
+"""Share of a GPU's free memory that is left free."""
 ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
 
 
@@ -33,7 +35,8 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
 
     The order is: the GPU with the most free memory, all GPUs together, and the CPU if there is no GPU. GPUs are first
     tried with memory for the copies of any plan, then for fitted weights only. In the second case, plans that need too
-    many copies fail as out of memory. Raises ModelError if the model fits nowhere.
+    many copies fail as out of memory. MARGIN of each GPU's free memory stays free, for what torch and its libraries
+    take. Raises ModelError if the model fits nowhere.
     """
     if not machine.gpus:
         if estimate.minimum + estimate.main_memory > machine.main_memory:
@@ -45,20 +48,23 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
             f"{gigabytes(machine.main_memory)} are available; use fewer or shorter windows (data)"
         )
     for copies in (max(0, estimate.pruned_copies - estimate.fitted_copies), 0):
-        placement = _on_gpus(estimate, machine, copies)
+        placement = _on_gpus(estimate, [int(free * (1 - MARGIN)) for free in machine.gpus], copies)
         if placement is not None:
             return placement
     raise too_large(estimate, machine)
 
 
-def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placement | None:
-    """Place the model on one GPU or on all, with `copies` bytes beside the weights; None if it does not fit."""
-    largest = max(range(len(machine.gpus)), key=lambda i: machine.gpus[i])
-    if estimate.minimum + copies <= machine.gpus[largest]:
+def _on_gpus(estimate: MemoryEstimate, gpus: Sequence[int], copies: int) -> Placement | None:
+    """Place the model on one of `gpus` (their bytes) or on all, with `copies` bytes beside the weights.
+
+    Returns None if it does not fit.
+    """
+    largest = max(range(len(gpus)), key=lambda i: gpus[i])
+    if estimate.minimum + copies <= gpus[largest]:
         return Placement(f"cuda:{largest}")
     # Reconstruction and fine-tuning keep their data on the device of each layer.
     share = estimate.weights / (estimate.minimum - estimate.activations + copies)
-    budget = {i: int((free - estimate.activations) * share) for i, free in enumerate(machine.gpus)}
+    budget = {i: int((free - estimate.activations) * share) for i, free in enumerate(gpus)}
     useful = {i: weights for i, weights in budget.items() if weights > 0}
     return Placement(budget=useful) if len(useful) > 1 and sum(useful.values()) >= estimate.weights else None
 
@@ -93,14 +99,22 @@ def meta_model(config: Any, dtype: torch.dtype) -> Any:
 def device_map(model: Any, layer: type, placement: Placement) -> dict[str, str | int] | None:
     """Return the device of each module of `model` (on the meta device); None for the CPU.
 
-    Decoder layers (class `layer`) are never split. Raises ModelError if the model fits the GPUs' total memory, but its
-    layers cannot be distributed over the GPUs without splitting one.
+    Decoder layers (class `layer`) are never split. A model that is spread takes the fewest GPUs that can hold it, as
+    evenly as they can, so that other workers can take the rest. Raises ModelError if the model fits the GPUs' total
+    memory, but its layers cannot be distributed over the GPUs without splitting one.
     """
     if placement.device is not None:
         return None if placement.device == "cpu" else {"": placement.device}
-    found: dict[str, str | int] = accelerate.infer_auto_device_map(
-        model, max_memory=dict(placement.budget), no_split_module_classes=[layer.__name__]
-    )
-    if not set(found.values()) <= set(placement.budget):
-        raise ModelError(f"the model's layers cannot be distributed over the {len(placement.budget)} GPUs; {ADVICE}")
-    return found
+    sizes = accelerate.utils.compute_module_sizes(model)
+    largest = max(sizes[name] for name, module in model.named_modules() if isinstance(module, layer))
+    by_room = sorted(placement.budget, key=lambda gpu: placement.budget[gpu], reverse=True)
+    for count in range(2, len(by_room) + 1):
+        used = sorted(by_room[:count])
+        for limit in range(sizes[""] // count, sizes[""] + largest, largest):
+            budget = {gpu: min(placement.budget[gpu], limit) for gpu in used}
+            found: dict[str, str | int] = accelerate.infer_auto_device_map(
+                model, max_memory=budget, no_split_module_classes=[layer.__name__]
+            )
+            if set(found.values()) <= set(budget):
+                return found
+    raise ModelError(f"the model's layers cannot be distributed over the {len(placement.budget)} GPUs; {ADVICE}")

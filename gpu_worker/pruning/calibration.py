@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.progress import Progress, no_progress, steps
 
@@ -172,6 +173,6 @@ def _drained(hooks: list[ProductHooks]) -> Iterator[LayerProducts]:
 
 def _run(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> None:
     """Run the decoder's body over `windows` without computing logits."""
-    with torch.inference_mode():
+    with torch.inference_mode(), whole_windows(decoder):
         for window in steps(progress, stage, windows):
             decoder.body(input_ids=window[None].to(decoder.device), use_cache=False)

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.families import Decoder
+from gpu_worker.models.memory import has_room
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,23 @@ def record_calls(
 
     handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers]
     try:
-        hidden = decoder.body(input_ids=windows.to(decoder.device), use_cache=False)
+        with whole_windows(decoder):
+            hidden = decoder.body(input_ids=windows.to(decoder.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return tuple(calls), hidden.last_hidden_state
 
 
-class LayerRun:
-    """Passes windows through the decoder layer by layer, keeping the hidden states on the CPU between layers.
+STATES_SHARE = 0.3
+"""Share of a GPU's free memory that hidden states may take there. What takes more is kept in main memory."""
 
-    The states are windows × seqlen × hidden size values in the model's dtype.
+
+class LayerRun:
+    """Passes windows through the decoder layer by layer, keeping the hidden states between layers.
+
+    The states are windows × seqlen × hidden size values in the model's dtype, on a GPU if they take little of it, and
+    otherwise in main memory.
     """
 
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
@@ -52,7 +60,9 @@ class LayerRun:
         with torch.inference_mode():
             calls, _ = record_calls(decoder, windows[:1], keep_hidden=False)
             self._options = [call.options for call in calls]
-            self.states = [decoder.embedding(window[None].to(decoder.device)).cpu() for window in windows]
+            first = decoder.embedding(windows[:1].to(decoder.device))
+            self._stays = has_room(first.device, len(windows) * first.nbytes, STATES_SHARE)
+            self.states = [self._kept(decoder.embedding(window[None].to(decoder.device))) for window in windows]
 
     def visit(self, layer: int) -> None:
         """Run decoder layer `layer` over all windows for the hooks on its inputs, and discard its outputs."""
@@ -61,10 +71,13 @@ class LayerRun:
 
     def advance(self, layer: int) -> None:
         """Run decoder layer `layer` over all windows and keep its outputs for the next layer."""
-        self.states = [self._run(layer, states).cpu() for states in self.states]
+        self.states = [self._kept(self._run(layer, states)) for states in self.states]
+
+    def _kept(self, states: Tensor) -> Tensor:
+        return states if self._stays else states.cpu()
 
     def _run(self, layer: int, states: Tensor) -> Tensor:
         module = self._decoder.layers[layer].module
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_windows(self._decoder):
             hidden: Tensor = module(states.to(next(module.parameters()).device), **self._options[layer])
         return hidden

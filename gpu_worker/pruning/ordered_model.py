@@ -8,7 +8,8 @@ are not adjacent and are copied; the copy is freed when the next plan is applied
 every pruned block are such copies, fitted by least squares.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ from gpu_worker.pruning.reconstruction import FittedColumns
 from protocol.plans.any_heads import AnyHeadsPlan
 from protocol.plans.plan import LayerPlan, Plan, dense_plan
 from protocol.plans.shape import LayerShape
+
+ALIGNMENT = 64
+"""Widths of MLPs are computed in multiples of this many channels, which suits the tensor cores of all GPUs."""
 
 
 class PlanMismatchError(ValueError):
@@ -109,11 +113,15 @@ class _OrderedLayer:
         self._output: _Columns | FittedColumns = _Columns(heads[kv[:, None], queries].contiguous())
         self._gate, self._up = (_order_rows(linear, (-1,), channels) for linear in (layer.gate, layer.up))
         self._down: _Columns | FittedColumns = _Columns(layer.down.weight.t()[channels].contiguous())
+        self._heads: tuple[int, int] | None = None
+        """What the applied plan keeps: KV heads, and query heads per KV head. None if it must be applied again."""
+        self._channels: int | None = None
 
     def fit(self, products: LayerProducts) -> None:
         """Reconstruct the kept columns from now on, using input `products` in the layer's order."""
         self._output = FittedColumns(self._output.stored, products.attention_output)
         self._down = FittedColumns(self._down.stored, products.mlp_output)
+        self._heads = self._channels = None
 
     def fit_error(self, plan: LayerPlan) -> float | None:
         """See OrderedModel.fit_error."""
@@ -128,19 +136,45 @@ class _OrderedLayer:
     def drop_fit(self) -> None:
         """Stop reconstructing. The weights of the applied plan do not change."""
         self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
+        self._heads = self._channels = None
 
     def apply(self, plan: LayerPlan) -> None:
-        """Prune the layer to `plan`."""
-        kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
-        layer = self._layer
-        _set_linear(layer.query, *self._query.first(kv, each))
-        _set_linear(layer.key, *self._key.first(kv))
-        _set_linear(layer.value, *self._value.first(kv))
-        _set_linear(layer.output, self._output.first(kv, each), layer.output.bias)
-        _set_linear(layer.gate, *self._gate.first(channels))
-        _set_linear(layer.up, *self._up.first(channels))
-        _set_linear(layer.down, self._down.first(channels), layer.down.bias)
-        layer.set_head_counts(kv, each)
+        """Prune the layer to `plan`. A block that keeps what it keeps already is left alone."""
+        layer, kv, each, channels = self._layer, plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
+        if self._heads != (kv, each):
+            self._heads = None  # until all is set: memory may run out
+            _set_linear(layer.query, *self._query.first(kv, each))
+            _set_linear(layer.key, *self._key.first(kv))
+            _set_linear(layer.value, *self._value.first(kv))
+            _set_linear(layer.output, self._output.first(kv, each), layer.output.bias)
+            layer.set_head_counts(kv, each)
+            self._heads = (kv, each)
+        if self._channels != channels:
+            self._channels = None
+            self._set_width(channels)
+            _set_linear(layer.down, self._down.first(channels), layer.down.bias)
+            self._channels = channels
+
+    @contextmanager
+    def aligned(self) -> Iterator[None]:
+        """See OrderedModel.aligned."""
+        channels, down = self._layer.down.in_features, self._layer.down
+        wide = min(-(-channels // ALIGNMENT) * ALIGNMENT, self._shape.mlp_channels)
+        if wide == channels:
+            yield
+            return
+        self._set_width(wide)
+        handle = down.register_forward_pre_hook(lambda _, inputs: (inputs[0][..., :channels],))
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._set_width(channels)
+
+    def _set_width(self, channels: int) -> None:
+        """Let the MLP compute `channels` channels; down is not changed."""
+        _set_linear(self._layer.gate, *self._gate.first(channels))
+        _set_linear(self._layer.up, *self._up.first(channels))
 
     def mask(self, kept: Tensor, channels: int) -> None:
         """Keep `channels` MLP channels, and zero the columns of o_proj that belong to removed query heads.
@@ -154,6 +188,7 @@ class _OrderedLayer:
         weight = torch.zeros_like(output.weight)
         weight[:, columns.flatten().to(weight.device)] = self._output.at(columns)
         _set_linear(output, weight, output.bias)
+        self._heads = None
 
     def check(self, plan: LayerPlan) -> None:
         """Raise PlanMismatchError if `plan` keeps more than the layer has."""
@@ -270,6 +305,19 @@ class OrderedModel:
             heads != own or channels > most for (heads, channels), (own, most) in zip(theirs, ours, strict=True)
         ):
             raise PlanMismatchError("the plan that removes any query heads is for another model")
+
+    @contextmanager
+    def aligned(self) -> Iterator[None]:
+        """Compute the applied plan's MLPs at widths that are multiples of ALIGNMENT, with equal results.
+
+        The outputs of gate and up have a few more channels, which are cut off before down. So each row of these
+        matrices begins at an address that a GPU's fast kernels can read; at an odd width, rows of two-byte values do
+        not.
+        """
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(layer.aligned())
+            yield
 
     def apply_layer(self, layer: int, plan: LayerPlan) -> None:
         """Prune decoder layer `layer` to `plan` without changing the others."""

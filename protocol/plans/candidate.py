@@ -78,12 +78,17 @@ class Race(FiniteValue):
     against: tuple[float, ...]
     first_windows: PositiveInt
 
+    def is_decided_after(self, windows: int) -> bool:
+        """Whether the race is decided when this many windows are measured.
+
+        A candidate that has no windows left is fully measured, even if it is worse.
+        """
+        return windows == self.first_windows < len(self.against)
+
     def is_lost(self, losses: Sequence[float]) -> bool:
         """Whether a candidate with these `losses`, one per window so far, is to be stopped now."""
         seen = len(losses)
-        # A candidate that has no windows left is fully measured, even if it is worse.
-        is_time = seen == self.first_windows < len(self.against)
-        return is_time and math.fsum(losses) > math.fsum(self.against[:seen])
+        return self.is_decided_after(seen) and math.fsum(losses) > math.fsum(self.against[:seen])
 
 
 class Candidate(FiniteValue):

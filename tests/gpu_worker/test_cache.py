@@ -120,6 +120,19 @@ def test_what_another_process_is_storing_is_not_stored_twice(square: Squares) ->
     assert square.computed == 3 and not entries()
 
 
+def test_what_another_process_stored_meanwhile_is_left_alone(square: Squares) -> None:
+    def first_by_another() -> int:
+        square(3)
+        return 9
+
+    with capture_logs() as logs:
+        found = remembered(
+            "features", {"number": 3}, first_by_another, about="", write=_write, read=lambda _: 0, size=lambda _: 0
+        )
+    assert found == 9 and [entry.about for entry in entries()] == ["a model"]
+    assert not logs, logs
+
+
 def test_a_library_that_fails_to_write_is_no_reason_to_fail(square: Squares, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise SafetensorError("I/O error")  # no OSError

@@ -15,11 +15,14 @@ def write_text(path: Path, words: int = 800, seed: int = 0) -> str:
     return str(path)
 
 
-def tiny_spec(folder: Path) -> SearchSpec:
-    """A spec with a model and a text written to `folder`: four windows to score on, two to search on, two to report."""
+def tiny_spec(folder: Path, **options: Any) -> SearchSpec:
+    """A spec with a model and a text written to `folder`: four windows to score on, two to search on, two to report.
+
+    `options` are those of the model.
+    """
     text = write_text(folder / "text.txt")
     return SearchSpec(
-        model=str(save_tiny_folder(folder / "model", hidden_size=48)),
+        model=str(save_tiny_folder(folder / "model", hidden_size=48, **options)),
         rate=0.4,
         calibration=TextSpec(source=text, windows=4, seqlen=32),
         fitness=TextSpec(source=text, windows=2, seqlen=64),

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -18,13 +20,16 @@ def machine(*gpus: int, main_memory: int = 64) -> Machine:
 def test_a_model_that_fits_on_one_gpu_goes_to_the_one_with_most_room() -> None:
     assert place(SEVEN_BILLION, machine(24)) == Placement("cuda:0")
     assert place(SEVEN_BILLION, machine(20, 80, 24)) == Placement("cuda:1")
-    assert place(SEVEN_BILLION, machine(17, 17)) == Placement("cuda:0")
+    assert place(SEVEN_BILLION, machine(18, 18)) == Placement("cuda:0")
+    assert place(SEVEN_BILLION, machine(17)) == Placement("cuda:0"), "without room for all copies"
+    with pytest.raises(ModelError):
+        place(SEVEN_BILLION, machine(15))  # the last 4 % of a GPU are not used
 
 
 def test_a_model_too_large_for_one_gpu_is_spread_and_each_keeps_room_to_run_and_for_copies() -> None:
     placement = place(SEVEN_BILLION, machine(12, 12))
     assert placement.device is None
-    assert placement.budget == {0: 9_625_000_000, 1: 9_625_000_000}
+    assert placement.budget == {0: 9_205_000_000, 1: 9_205_000_000}
     for weights in placement.budget.values():
         copies = weights * SEVEN_BILLION.pruned_copies // SEVEN_BILLION.weights
         assert weights + copies + SEVEN_BILLION.activations <= 12 * GB
@@ -36,7 +41,7 @@ def test_a_gpu_without_room_is_left_alone() -> None:
 
 def test_where_there_is_no_room_for_every_plans_copies_the_model_is_loaded_all_the_same() -> None:
     assert place(SEVEN_BILLION, machine(16)) == Placement("cuda:0")
-    assert place(SEVEN_BILLION, machine(8, 8)).budget == {0: 7 * GB, 1: 7 * GB}
+    assert place(SEVEN_BILLION, machine(9, 9)).budget == {0: 7_640_000_000, 1: 7_640_000_000}
 
 
 def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_is_and_what_to_do() -> None:
@@ -58,9 +63,9 @@ def test_scoring_all_layers_at_once_is_what_to_change_first_if_the_fit_is_too_la
 
 def test_copies_that_every_plan_needs_must_fit_others_need_not() -> None:
     estimate = MemoryEstimate(14 * GB, pruned_copies=6 * GB, activations=GB, main_memory=0, fitted_copies=3 * GB)
-    assert place(estimate, machine(18)) == Placement("cuda:0")
+    assert place(estimate, machine(19)) == Placement("cuda:0")
     with pytest.raises(ModelError, match="too large"):
-        place(estimate, machine(17))
+        place(estimate, machine(18))
 
 
 LONG_TEXTS = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)
@@ -99,6 +104,24 @@ def test_a_spread_model_keeps_its_decoder_layers_whole_and_its_tied_head_at_the_
     assert set(found.values()) == {0, 1}
     assert found["lm_head"] == found["model.embed_tokens"] == 0
     assert found["model.norm"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rooms", "used", "most"), [([9] * 8, 2, 5), ([4] * 8, 3, 3), ([3, 9, 3, 9], 2, 5), ([7] * 3, 2, 5)]
+)
+def test_a_spread_model_takes_the_fewest_gpus_and_fills_them_evenly(rooms: list[int], used: int, most: int) -> None:
+    bare = meta_model(tiny_llama(layers=8, channels=480, tied=False).causal_lm.config, torch.float32)
+    decoder = extract_decoder(bare)
+    layer = decoder.shape.layer_parameters(0) * 4
+    ends = decoder.shape.other_parameters * 4
+    budget = {gpu: room * layer + ends for gpu, room in enumerate(rooms)}
+    found = device_map(bare, type(decoder.layers[0].module), Placement(budget=budget))
+    assert found is not None
+    layers = Counter(gpu for name, gpu in found.items() if "layers." in name)
+    assert len(set(found.values())) == len(layers) == used
+    assert sum(layers.values()) == 8 and max(layers.values()) <= most
+    assert all(count <= rooms[int(gpu)] for gpu, count in layers.items())
+    assert {found["model.norm"], found["lm_head"]} == {max(layers)}
 
 
 def test_budgets_that_add_up_but_hold_no_whole_layers_are_refused() -> None:
