@@ -32,6 +32,7 @@ from benchmarks.worker_throughput.plot import plot
 from benchmarks.worker_throughput.products import Products
 from benchmarks.worker_throughput.random_models import SHAPES, random_model
 from benchmarks.worker_throughput.stages import stages
+from gpu_worker.evaluation.process import keep_libraries_quiet
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target
 from gpu_worker.measuring.devices import speed_of_this_machine
@@ -104,6 +105,7 @@ def main() -> int:
     """Measure, and print the tables."""
     given = _parser().parse_args()
     logs.configure(level="WARNING")
+    keep_libraries_quiet()
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as cache, products_in_float32():
         os.environ["XDG_CACHE_HOME"] = cache
