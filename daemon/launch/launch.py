@@ -43,6 +43,7 @@ from protocol.queue.connection import connect
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
+from protocol.queue.worker_status import WORKING
 
 if TYPE_CHECKING:
     from agents.llm.chat import Chat
@@ -216,11 +217,15 @@ class Launch:
             queue,
             self._journal,
             seconds=self._usage.seconds,
+            count_workers=self._count_workers,
         )
         self._search = self._observer.search = search
         if self._display:
             self._display.follow(search, self._control)
         return search
+
+    async def _count_workers(self) -> int:
+        return sum(worker.stage in WORKING for worker in await self._store.workers())
 
     async def _wait_for_llm(self, chat: "Chat", *, is_new: bool) -> None:
         if self._settings.search.asks_llm:

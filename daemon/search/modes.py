@@ -1,6 +1,7 @@
 """The two modes of a search: generational (Algorithm 1 of the paper) and steady-state."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
@@ -70,9 +71,9 @@ def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
 async def steady_state(search: "Search") -> None:
     """After each outcome, ask the next question with the newest population. Each question is a round for one candidate.
 
-    At most `search.max_in_flight` candidates are asked for, queued or being measured. Parents are selected once per
-    `max_in_flight` rounds, so their selection lacks at most the last 2 · `max_in_flight` outcomes. The order of
-    outcomes decides what is asked next, so two runs with the same answers can differ.
+    A limited number of candidates is asked for, queued or being measured (in_flight.py). Parents are selected once per
+    as many rounds, while other questions go on with the parents before. The order of outcomes decides what is asked
+    next, so two runs with the same answers can differ.
     """
     await search.keeper.until(lambda waiting: waiting == 0 or len(search.state.population) >= 2)
     if len(search.state.population) < 2:
@@ -80,9 +81,9 @@ async def steady_state(search: "Search") -> None:
     async with _Turns(search) as turns:
         # A question may yield no candidate, so the budget is not used up until the last questions are answered.
         while turns.asking or turns.may_begin():
-            under_way = search.keeper.waiting + len(turns.asking)
-            if turns.may_begin() and under_way < search.settings.max_in_flight:
-                turns.begin()
+            limit = await search.in_flight.limit()
+            if turns.may_begin() and search.keeper.waiting + len(turns.asking) < limit:
+                turns.begin(limit)
             else:
                 await turns.next_change()
 
@@ -92,8 +93,10 @@ class _Turns:
 
     def __init__(self, search: "Search") -> None:
         self._search = search
-        self._chosen_in: dict[int, tuple[Step | None, Sequence[Member]]] = {}
-        """The step and the parents of the newest period."""
+        self._chosen: tuple[Step | None, Sequence[Member]] | None = None
+        """The newest step and parents."""
+        self._chosen_until = 0
+        """The round in which they are chosen again."""
         self._choosing = asyncio.Lock()
         self.asking: set[asyncio.Task[None]] = set()
         self.fruitless = 0
@@ -104,10 +107,10 @@ class _Turns:
         is_left = search.budget.remaining > len(self.asking) and not search.budget.tokens_are_used_up()
         return is_left and self.fruitless < FRUITLESS_TURNS
 
-    def begin(self) -> None:
-        """Ask for one more candidate."""
+    def begin(self, limit: int) -> None:
+        """Ask for one more candidate; parents are selected once per `limit` rounds."""
         self._search.round += 1
-        self.asking.add(asyncio.create_task(self._turn(self._search.round)))
+        self.asking.add(asyncio.create_task(self._turn(self._search.round, limit)))
 
     async def next_change(self) -> None:
         """Wait for an outcome or for a question to end."""
@@ -129,24 +132,26 @@ class _Turns:
             task.cancel()
         await asyncio.gather(*self.asking, return_exceptions=True)
 
-    async def _turn(self, turn: int) -> None:
+    async def _turn(self, turn: int, limit: int) -> None:
         settings, agents = self._search.settings, self._search.agents
         view = self._search.view(turn)
         log.info("round_started", round=turn, missing=1, best=view.population[0].fitness)
-        view, parents = await self._chosen(view)
+        began = time.monotonic()
+        view, parents = await self._with_parents(view, limit)
         crosses = turn % (settings.mutations + settings.crossovers) >= settings.mutations
         agent = agents.crossover if crosses and agents.crossover else agents.mutator
         made = await agent.propose(view, parents, 1, self._search.admission.submit)
+        self._search.in_flight.answered(time.monotonic() - began)
         self.fruitless = 0 if made else self.fruitless + 1
 
-    async def _chosen(self, view: View) -> tuple[View, Sequence[Member]]:
-        """Return the view with the chosen step, and the parents, which are selected once per max_in_flight rounds."""
+    async def _with_parents(self, view: View, limit: int) -> tuple[View, Sequence[Member]]:
+        """Return the view with the chosen step, and the parents, which are selected once per `limit` rounds."""
         if self._search.agents.selector is None:
             return view, view.population
-        period = view.round // self._search.settings.max_in_flight
-        async with self._choosing:
-            if period not in self._chosen_in:
-                selected, parents = await self._search.select(view)
-                self._chosen_in = {period: (selected.step, parents)}
-            step, parents = self._chosen_in[period]
+        if self._chosen is None or (view.round >= self._chosen_until and not self._choosing.locked()):
+            async with self._choosing:
+                if self._chosen is None or view.round >= self._chosen_until:
+                    selected, parents = await self._search.select(view)
+                    self._chosen, self._chosen_until = (selected.step, parents), view.round + limit
+        step, parents = self._chosen
         return replace(view, step=step), parents

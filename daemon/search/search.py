@@ -18,6 +18,7 @@ from agents.population.view import Member, View
 from daemon.search.admission import Admission
 from daemon.search.budget import Budget
 from daemon.search.figures import figures_of, reported
+from daemon.search.in_flight import CountWorkers, InFlight, one_worker
 from daemon.search.roles import Agents
 from daemon.search.snapshot import view_of_round
 from daemon.search.state import SearchState
@@ -42,10 +43,12 @@ class Search:
         journal: Journal,
         *,
         seconds: Callable[[], float] = lambda: 0.0,
+        count_workers: CountWorkers = one_worker,
     ) -> None:
         self.settings, self.state, self.agents, self._queue, self._journal = settings, state, agents, queue, journal
         self.budget = Budget(settings, state, seconds)
         self.admission = Admission(settings, state, self.budget, queue)
+        self.in_flight = InFlight(settings.max_in_flight, state.population, count_workers)
         self.keeper = PopulationKeeper(queue, state.population, state.ledger, on_evaluation=self._note)
         self.parents_source: Source | None = None
         """Whether the LLM or the fallback chose the parents of the last round."""
@@ -71,7 +74,8 @@ class Search:
         missing = count - proposals.made("initializer", 0)
         if missing > 0:
             log.info("round_started", round=0, missing=missing)
-            await self.agents.initializer.propose(self.view(0), count, self.admission.submit)
+            submit = self.in_flight.timed(self.admission.submit)
+            await self.agents.initializer.propose(self.view(0), count, submit)
 
     async def select(self, view: View) -> tuple[View, Sequence[Member]]:
         """Return the view of the round with the chosen step, and the chosen parents.

@@ -8,6 +8,9 @@ from redis.asyncio import Redis
 
 from protocol.queue.keys import Keys
 
+WORKING = ("idle", "evaluating")
+"""The stages of a worker that measures candidates."""
+
 
 class WorkerStatus(BaseModel):
     """The status that a worker sends with each heartbeat. `consumer` is part of the key, not of the value."""

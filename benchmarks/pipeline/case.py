@@ -1,0 +1,35 @@
+"""One search to measure or to simulate: how many workers, how long an evaluation and an answer take, and the mode."""
+
+from dataclasses import dataclass, replace
+from random import Random
+
+VARIATION = 0.3
+"""Times differ by up to this share, up and down."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A search; all times in seconds."""
+
+    workers: int
+    evaluation: float
+    """One candidate, measured by one worker."""
+    answer: float
+    """One answer of the LLM, whatever it is asked."""
+    mode: str = "generational"
+    """`generational` or `steady-state`."""
+    population: int = 16
+    """Candidates of the first population."""
+    offspring: int = 20
+    """Candidates of a round."""
+    candidates: int = 76
+    """Candidates of the whole search."""
+
+    def in_steady_state(self) -> "Case":
+        """Return the same search in the mode `steady-state`."""
+        return replace(self, mode="steady-state")
+
+
+def varied(seconds: float, dice: Random) -> float:
+    """Return a time near `seconds`."""
+    return seconds * dice.uniform(1 - VARIATION, 1 + VARIATION)

@@ -1,0 +1,92 @@
+"""The same pipeline, measured: a whole search of the daemon on a real server, with scripted answers and evaluations."""
+
+import asyncio
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from random import Random
+
+from agents.llm.endpoint import Answer, Question
+from benchmarks.pipeline.case import Case, varied
+from daemon.search.in_flight import InFlight
+from daemon.search.modes import rounds_of
+from daemon.settings.search import SearchSettings
+from protocol.queue.connection import connect
+from protocol.queue.jobs import JobQueue
+from protocol.queue.keys import Keys
+from tests.support.conducted import Conducted, unevenness
+from tests.support.schema_answers import SchemaChat
+from tests.support.servers import server_binary, temporary_server
+
+
+class SlowChat(SchemaChat):
+    """Answers after a while, as many questions at once as are asked."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds, self._dice = seconds, Random(0)
+
+    async def ask(self, question: Question) -> Answer:
+        """Answer as the question's schema says."""
+        await asyncio.sleep(varied(self._seconds, self._dice))
+        return await super().ask(question)
+
+
+class Workers:
+    """Workers that sleep instead of measuring; `measuring` is for how long."""
+
+    def __init__(self, url: str, case: Case, keys: Keys) -> None:
+        self._url, self._case, self._keys, self._dice = url, case, keys, Random(1)
+        self.measuring = 0.0
+
+    async def work(self, number: int) -> None:
+        """Measure until cancelled."""
+        jobs = JobQueue(connect(self._url), self._keys, f"w{number}", lease_seconds=600)
+        while True:
+            if job := await jobs.claim():
+                seconds = varied(self._case.evaluation, self._dice)
+                await asyncio.sleep(seconds)
+                self.measuring += seconds
+                outcome = unevenness(job.candidate).model_copy(update={"seconds": seconds})
+                await jobs.commit(job, outcome)
+
+
+def busy_share(case: Case) -> float:
+    """Run the search, and return the share of the workers' time in which they measured."""
+    binary = server_binary("valkey")
+    assert binary is not None
+    with temporary_server(binary) as server, tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(_search(case, server.url, Path(folder)))
+
+
+async def _search(case: Case, url: str, folder: Path) -> float:
+    keys = Keys("pipeline")
+    settings = SearchSettings.model_validate(
+        {
+            "name": keys.search,
+            "population": case.population,
+            "mutations": case.offspring // 2,
+            "crossovers": case.offspring - case.offspring // 2,
+            "rounds": 10_000,
+            "max_evaluations": case.candidates,
+            "mode": case.mode,
+        }
+    )
+    conducted = Conducted(connect(url), keys, folder, settings=settings, chat=SlowChat(case.answer))
+    search = await conducted.open()
+    search.in_flight = InFlight(None, search.state.population, partial(_count, case))
+    workers = Workers(url, case, keys)
+    working = [asyncio.create_task(workers.work(number)) for number in range(case.workers)]
+    began = time.perf_counter()
+    await search.run(rounds_of(search.settings))
+    seconds = time.perf_counter() - began
+    for task in working:
+        task.cancel()
+    await asyncio.wait(working)
+    conducted.journal.close()
+    return workers.measuring / (case.workers * seconds)
+
+
+async def _count(case: Case) -> int:
+    return case.workers

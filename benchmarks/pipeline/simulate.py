@@ -1,0 +1,102 @@
+"""The pipeline of a search as a discrete-event simulation, in which hours take milliseconds."""
+
+import math
+from collections.abc import Generator
+from random import Random
+from typing import Any
+
+import simpy
+
+from benchmarks.pipeline.case import Case, varied
+
+Steps = Generator[simpy.Event, Any, Any]
+
+
+class Simulation:
+    """One search. `busy_share` is the share of their time in which the workers measure."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        self.case, self._dice = case, Random(seed)
+        self._env = simpy.Environment()
+        self._queue: simpy.Store = simpy.Store(self._env)
+        self._outcome = self._env.event()
+        self._issued = self._measured = 0
+        self._chosen_until = -1
+        """The question before which the parents of the newest selection are used; -1 before the first selection."""
+        self._choosing: simpy.Event | None = None
+        self.measuring = 0.0
+        for _ in range(case.workers):
+            self._env.process(self._work())
+        self._env.run(self._env.process(self._search()))
+        self.seconds = self._env.now
+
+    @property
+    def busy_share(self) -> float:
+        """Return the share of the workers' time in which they measured, from the first question to the last outcome."""
+        return self.measuring / (self.case.workers * self.seconds)
+
+    def _work(self) -> Steps:
+        while True:
+            yield self._queue.get()
+            seconds = varied(self.case.evaluation, self._dice)
+            yield self._env.timeout(seconds)
+            self.measuring += seconds
+            self._measured += 1
+            self._outcome.succeed()
+            self._outcome = self._env.event()
+
+    def _answer(self) -> simpy.Event:
+        return self._env.timeout(varied(self.case.answer, self._dice))
+
+    def _search(self) -> Steps:
+        yield from self._asked_together(self.case.population)
+        if self.case.mode == "generational":
+            while self._issued < self.case.candidates:
+                yield from self._until(lambda: self._measured == self._issued)
+                yield self._answer()  # the Selector
+                yield from self._asked_together(min(self.case.offspring, self.case.candidates - self._issued))
+        else:
+            yield from self._steady_state()
+        yield from self._until(lambda: self._measured == self._issued)
+
+    def _asked_together(self, count: int) -> Steps:
+        """Ask `count` questions at once. Their candidates enter the queue in the order of the questions."""
+        for answer in [self._answer() for _ in range(count)]:
+            yield answer
+            self._issue()
+
+    def _issue(self) -> None:
+        self._issued += 1
+        self._queue.put(self._issued)
+
+    def _until(self, enough: Any) -> Steps:
+        while not enough():
+            yield self._outcome
+
+    def _steady_state(self) -> Steps:
+        """Ask as daemon/search/modes.py does, with the limit of daemon/search/in_flight.py."""
+        case = self.case
+        limit = math.ceil(case.workers * (1 + case.answer / case.evaluation)) + case.workers
+        yield from self._until(lambda: self._measured >= 2)
+        asking: set[simpy.Event] = set()
+        begun = 0
+        while asking or self._issued + len(asking) < case.candidates:
+            under_way = self._issued - self._measured + len(asking)
+            if self._issued + len(asking) < case.candidates and under_way < limit:
+                begun += 1
+                asking.add(self._env.process(self._turn(begun, limit)))
+            else:
+                yield simpy.AnyOf(self._env, [self._outcome, *asking])
+                asking = {question for question in asking if question.is_alive}  # type: ignore[attr-defined]
+
+    def _turn(self, turn: int, limit: int) -> Steps:
+        if self._chosen_until < 0 and self._choosing is not None:
+            yield self._choosing
+        if self._chosen_until < 0 or (turn >= self._chosen_until and self._choosing is None):
+            self._choosing = self._env.event()
+            yield self._answer()  # the Selector
+            self._chosen_until = turn + limit
+            self._choosing.succeed()
+            self._choosing = None
+        yield self._answer()
+        self._issue()
