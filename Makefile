@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-browser test-faults test-compose test-trackers test-vllm lint types tests docs clean
+.PHONY: run test test-browser test-faults test-compose test-trackers test-vllm gpu lint types tests docs clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -36,6 +36,9 @@ test-compose: $(VENV)/installed  ## build, run and kill docker-compose.yml on a 
 test-trackers: $(VENV)/installed  ## all experiment trackers; a minute, after installing 120 MB
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[wandb,trackio]'
 	$(BIN)/pytest tests/daemon/trackers -rs
+
+gpu: $(VENV)/installed  ## all that needs a GPU: tests, speeds and a short search, in one report; half an hour
+	$(BIN)/python -m benchmarks.gpu
 
 test-vllm: $(VENV)-vllm/installed  ## serve an export in vLLM on the CPU; ten minutes, after installing 4 GB
 	$(VENV)-vllm/bin/pytest tests/vllm -m vllm -rA -o faulthandler_timeout=2500

@@ -29,9 +29,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Sizes by name, as in the models' own configs."""
 
 
-def random_model(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """Return a model of the shape called `name`, with `layers` decoder layers (None: all) and seeded weights."""
-    sizes = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+def random_model(
+    name: str, layers: int | None, dtype: torch.dtype, device: torch.device, **options: Any
+) -> LoadedModel:
+    """Return a model of the shape called `name`, with `layers` decoder layers (None: all) and seeded weights.
+
+    `options` replace sizes of the shape.
+    """
+    sizes = SHAPES[name] | options | ({} if layers is None else {"num_hidden_layers": layers})
     config = transformers.LlamaConfig(**sizes, max_position_embeddings=8192)
     torch.manual_seed(0)
     with device:
