@@ -21,7 +21,7 @@ from gpu_worker.models.families import FAMILIES, extract_decoder
 from gpu_worker.models.loading import LoadedModel
 from protocol.plans.candidate import Measured
 from protocol.plans.spec import SearchSpec
-from tests.support.tiny_models import byte_tokenizer, tiny_model, tiny_windows
+from tests.support.tiny_models import byte_tokenizer, tiny_causal_lm, tiny_windows
 from tests.support.tiny_specs import tiny_spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -38,7 +38,7 @@ def exact() -> Iterator[None]:
 
 
 def on_gpu(family: str, device: torch.device = GPU) -> LoadedModel:
-    model = tiny_model(family, channels=200).causal_lm.to(device)
+    model = tiny_causal_lm(family, channels=200).to(device)
     return LoadedModel(model, byte_tokenizer(), extract_decoder(model), identity=f"tiny-{family}")
 
 
