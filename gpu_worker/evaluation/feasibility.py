@@ -6,14 +6,8 @@ from torch import Tensor
 from gpu_worker.measuring.corpora import load_roles
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel, load_without_weights
-from gpu_worker.models.memory import (
-    Machine,
-    Workload,
-    estimate_memory,
-    generation_batch_size,
-    main_memory,
-    this_machine,
-)
+from gpu_worker.models.machine import Machine, main_memory, this_machine
+from gpu_worker.models.memory import Workload, estimate_memory, generation_batch_size
 from gpu_worker.models.placement import place
 from gpu_worker.models.published import published_decoder
 from protocol.errors import DataError, ModelError
@@ -58,6 +52,8 @@ def _memory(spec: SearchSpec, decoder: Decoder, machine: Machine) -> dict[str, o
         placement = place(estimate, machine)
     except ModelError as error:
         return said | {"memory_error": str(error)}
+    if placement.fit_in_main_memory and estimate.with_fit_in_main_memory is not None:
+        said["memory"] = f"{estimate.with_fit_in_main_memory.description}; {machine.description}"
     return said | {"gpus": len(placement.budget) or int(machine.device == "cuda")}
 
 

@@ -71,9 +71,9 @@ class Calibration:
             save_file(tensors, folder / f"layer-{i}.safetensors")
 
     @classmethod
-    def load(cls, devices: Sequence[torch.device], folder: Path) -> "Calibration":
-        """Read what `save` wrote, each layer onto its device."""
-        layers = [_load(folder / f"layer-{i}.safetensors", device) for i, device in enumerate(devices)]
+    def load(cls, devices: Sequence[torch.device], products_on: torch.device | None, folder: Path) -> "Calibration":
+        """Read what `save` wrote, each layer onto its device, and products onto `products_on` if that is given."""
+        layers = [_load(folder / f"layer-{i}.safetensors", device, products_on) for i, device in enumerate(devices)]
         return cls(
             _parts(LayerImportance, "importance", layers),
             _parts(LayerActivations, "activations", layers),
@@ -103,16 +103,24 @@ def preparation_key(model: LoadedModel, spec: SearchSpec, calibration: Tensor) -
 
 
 def remembered_calibration(
-    key: Key, about: str, devices: Sequence[torch.device], compute: Callable[[], Calibration]
+    key: Key,
+    about: str,
+    devices: Sequence[torch.device],
+    compute: Callable[[], Calibration],
+    *,
+    products_on: torch.device | None = None,
 ) -> Calibration:
-    """Return the calibration of `key`; from the cache, each layer is read onto its device of `devices`."""
+    """Return the calibration of `key`; from the cache, each layer is read onto its device of `devices`.
+
+    Products are read onto `products_on` if that is given.
+    """
     return remembered(
         "calibration",
         key,
         compute,
         about=about,
         write=Calibration.save,
-        read=partial(Calibration.load, devices),
+        read=partial(Calibration.load, devices, products_on),
         size=lambda found: found.bytes,
     )
 
@@ -158,9 +166,12 @@ def _load_dense(folder: Path) -> Dense:
     return perplexity, DensePredictions(**_load(file, torch.device("cpu"))) if file.exists() else None
 
 
-def _load(file: Path, device: torch.device) -> dict[str, Tensor]:
+def _load(file: Path, device: torch.device, products_on: torch.device | None = None) -> dict[str, Tensor]:
     # Copied, because tensors on the CPU are views of the file, which may be deleted while they are used.
-    return {name: tensor.clone() for name, tensor in load_file(file, device=str(device)).items()}
+    return {
+        name: tensor.to((name.startswith("products.") and products_on) or device, copy=True)
+        for name, tensor in load_file(file).items()
+    }
 
 
 def _parts(kind: type[T], name: str, layers: list[dict[str, Tensor]]) -> list[T]:

@@ -20,7 +20,7 @@ from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, r
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import device_name
-from gpu_worker.models.memory import has_room
+from gpu_worker.models.machine import has_room
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, ModelError
 from protocol.plans.allocation import OUTLIER_THRESHOLD

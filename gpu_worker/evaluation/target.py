@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpu_worker.evaluation.features import measure_features
@@ -21,7 +22,13 @@ from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import Progress, no_progress, steps
-from gpu_worker.pruning.calibration import LayerActivations, LayerProducts, calibrate, calibrate_products
+from gpu_worker.pruning.calibration import (
+    LayerActivations,
+    LayerProducts,
+    calibrate,
+    calibrate_layer_by_layer,
+    calibrate_products,
+)
 from gpu_worker.pruning.elimination import optimal_brain_surgeon
 from gpu_worker.pruning.importance import (
     LayerImportance,
@@ -85,7 +92,7 @@ class Target:
                 self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
             self.ordered = OrderedModel(decoder, self.importance)
             if is_fitted(spec):
-                _reconstruct(self.ordered, found.products, progress)
+                _reconstruct(self.ordered, found.products, progress, in_main_memory=self.model.fit_in_main_memory)
         except NotFiniteError as error:
             raise ModelError(f"the dense model is broken: {error}") from error
 
@@ -96,13 +103,17 @@ class Target:
         needed = {"activations": outliers or fitted or spec.importance in ("wanda-sp", "obs"), "products": fitted}
 
         def compute() -> Calibration:
-            seen, products = _statistics(model.decoder, spec, windows, progress, activations=needed["activations"])
+            if fitted and model.fit_in_main_memory:
+                seen, products = calibrate_layer_by_layer(model.decoder, windows, progress)
+            else:
+                seen, products = _statistics(model.decoder, spec, windows, progress, activations=needed["activations"])
             return Calibration(
                 score(model, spec, seen, products, windows, progress), list(seen), (fitted and products) or []
             )
 
         devices = [layer.output.weight.device for layer in model.decoder.layers]
-        return remembered_calibration(self.key | needed, spec.model, devices, compute)
+        products_on = torch.device("cpu") if model.fit_in_main_memory else None
+        return remembered_calibration(self.key | needed, spec.model, devices, compute, products_on=products_on)
 
     def sensitivity(self) -> tuple[float, ...]:
         """Return KL(dense ‖ pruned) of each unit pruned alone (see `measure_sensitivity`); prune again afterwards."""
@@ -164,14 +175,16 @@ def _statistics(
     return calibrate(decoder, windows, progress) if activations else (), []
 
 
-def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress: Progress) -> None:
+def _reconstruct(
+    ordered: OrderedModel, products: list[LayerProducts], progress: Progress, *, in_main_memory: bool
+) -> None:
     """Prepare the reconstruction of every layer from the dense model's `products`, and free the products.
 
     Raises NotFiniteError if they are not finite.
     """
     products.reverse()
     for i in steps(progress, "preparing reconstruction", range(len(ordered.decoder.layers))):
-        ordered.fit(i, ordered.in_order(i, products.pop()))
+        ordered.fit(i, ordered.in_order(i, products.pop()), in_main_memory=in_main_memory)
 
 
 def check_length(model: LoadedModel, seqlen: int) -> None:

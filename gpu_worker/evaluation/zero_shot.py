@@ -22,7 +22,8 @@ from gpu_worker.evaluation.outcomes import first_line
 from gpu_worker.evaluation.zero_shot_tasks import LoadedTask, load_tasks, quiet
 from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.models.loading import LoadedModel, load_model
-from gpu_worker.models.memory import FP32, gigabytes, main_memory
+from gpu_worker.models.machine import gigabytes, main_memory
+from gpu_worker.models.memory import FP32
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import UsageError
 from protocol.plans.allocation import PruningRequest

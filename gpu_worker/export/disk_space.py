@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 
 from gpu_worker.llama_cpp.tensor_types import MAIN
-from gpu_worker.models.memory import gigabytes
+from gpu_worker.models.machine import gigabytes
 from protocol.errors import ModelError
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype, SearchSpec

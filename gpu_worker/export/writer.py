@@ -16,7 +16,7 @@ from gpu_worker.llama_cpp.check import measure_gguf
 from gpu_worker.llama_cpp.writer import check_gguf, write_gguf
 from gpu_worker.measuring.self_text import save_text
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.models.memory import gigabytes, main_memory
+from gpu_worker.models.machine import gigabytes, main_memory
 from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError

@@ -29,7 +29,8 @@ from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.identity import folder_identity
 from gpu_worker.models.loading import LoadedModel, load_model
-from gpu_worker.models.memory import Training, Workload, estimate_memory, this_machine
+from gpu_worker.models.machine import this_machine
+from gpu_worker.models.memory import Training, Workload, estimate_memory
 from gpu_worker.models.placement import place
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import SettingsError

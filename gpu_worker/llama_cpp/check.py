@@ -11,7 +11,7 @@ from gpu_worker.llama_cpp.client import MIN_CONTEXT, ask, gguf_perplexity, runni
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.models.memory import gigabytes, main_memory
+from gpu_worker.models.machine import gigabytes, main_memory
 from gpu_worker.progress import Progress
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity

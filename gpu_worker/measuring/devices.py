@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.measuring.half_precision import is_slow
-from gpu_worker.models.memory import main_memory
+from gpu_worker.models.machine import main_memory
 from protocol.errors import ModelError
 from protocol.results.needs import DeviceSpeed
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from gpu_worker.models.errors import quoted
-from gpu_worker.models.memory import gigabytes
+from gpu_worker.models.machine import gigabytes
 from protocol.errors import ModelError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

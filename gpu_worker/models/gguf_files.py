@@ -19,7 +19,7 @@ from gpu_worker.models.checkpoints import load_weights, reading, reason
 from gpu_worker.models.families import family_of
 from gpu_worker.models.gguf_layout import open_gguf
 from gpu_worker.models.identity import file_identity
-from gpu_worker.models.memory import gigabytes, main_memory
+from gpu_worker.models.machine import gigabytes, main_memory
 from gpu_worker.models.sizes import check_sizes
 from protocol.errors import ModelError
 

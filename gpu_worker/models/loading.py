@@ -25,7 +25,8 @@ from gpu_worker.models.families import FAMILIES, Decoder, extract_decoder
 from gpu_worker.models.gguf_files import unpacked
 from gpu_worker.models.hub import hub_reachable
 from gpu_worker.models.identity import folder_identity
-from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined, estimate_memory, this_machine
+from gpu_worker.models.machine import Machine, this_machine
+from gpu_worker.models.memory import MemoryEstimate, Workload, combined, estimate_memory
 from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
@@ -45,6 +46,8 @@ class LoadedModel:
     """Digest of the folder, or the hub's commit. It identifies the weights and is equal on all machines."""
     name: str = ""
     """What it was loaded by."""
+    fit_in_main_memory: bool = False
+    """Whether the GPUs have no room for the matrices of the fit (gpu_worker/models/placement.py)."""
 
     @property
     def window_start(self) -> int | None:
@@ -191,7 +194,8 @@ def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> Loade
         causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
-    return LoadedModel(causal_lm, tokenizer, extract_decoder(causal_lm), _identity(found.source), name)
+    decoder, identity = extract_decoder(causal_lm), _identity(found.source)
+    return LoadedModel(causal_lm, tokenizer, decoder, identity, name, placement.fit_in_main_memory)
 
 
 def _identity(source: str) -> str:

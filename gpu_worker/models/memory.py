@@ -1,9 +1,7 @@
-"""Estimates the memory that a model needs, from its config alone, and reads how much is available."""
+"""Estimates the memory that a model needs, from its config alone."""
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,6 +14,7 @@ from gpu_worker.models.limits import (
     LOGITS_CHUNK_BYTES,
     ROWS_PER_CHUNK,
 )
+from gpu_worker.models.machine import gigabytes
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.results.finetuning import Recipe
@@ -90,6 +89,7 @@ class Workload:
     """Length of the longest window in tokens."""
     hidden_state_tokens: int = 0
     """Tokens whose hidden states are kept in main memory between layers."""
+    calibration_tokens: int = 0
     predicted_tokens: int = 0
     """Tokens whose dense predictions are kept in main memory."""
     generates_text: bool = False
@@ -116,6 +116,7 @@ class Workload:
         return cls(
             seqlen=max(text.seqlen for text in texts),
             hidden_state_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
+            calibration_tokens=_tokens(spec.calibration),
             predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
             generates_text=any(text.source == "self" for text in texts),
             computes_gradients=spec.importance == "taylor",
@@ -164,6 +165,10 @@ class MemoryEstimate:
     fit: Fit = "no"
     models: int = 1
     """Number of models loaded together."""
+    fit_on_device: bool = True
+    with_fit_in_main_memory: "MemoryEstimate | None" = None
+    """The same with the matrices of the fit in main memory, but for those of one layer; None if that is not possible.
+    For each candidate, those of the layers that it changes are copied to the device."""
 
     @property
     def minimum(self) -> int:
@@ -182,7 +187,8 @@ class MemoryEstimate:
         if self.training_state:
             parts.append(f"{gigabytes(self.training_state)} for what is trained")
         if self.main_memory:
-            parts.append(f"{gigabytes(self.main_memory)} of main memory for texts")
+            what = "texts" if self.fit_on_device else "texts and the other matrices of the fit"
+            parts.append(f"{gigabytes(self.main_memory)} of main memory for {what}")
         return f"about {', '.join(parts)}"
 
 
@@ -210,7 +216,7 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
     if workload.training is not None:
         chunk = _logits_chunk(device, vocabulary, workload.training.tokens)
         running.append(workload.training.activation_bytes(shape, size) + 3 * chunk)
-    return MemoryEstimate(
+    whole = MemoryEstimate(
         weights=shape.total_parameters * size,
         pruned_copies=sum(_copied_parameters(shape, layer, workload.reconstructs != "no") for layer in shape.layers)
         * size,
@@ -222,6 +228,17 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         main_memory=workload.hidden_state_tokens * shape.hidden_size * size
         + workload.predicted_tokens * KL_TOP_K * (INT32 + size),
     )
+    if workload.reconstructs != "all layers" or workload.eliminates:
+        return whole
+    one_layer = replace(workload, reconstructs="layer by layer")
+    states = workload.calibration_tokens * shape.hidden_size * size
+    in_main_memory = replace(
+        whole,
+        fit_on_device=False,
+        reconstruction=_reconstruction_values(shape, one_layer) * FP32,
+        main_memory=whole.main_memory + whole.reconstruction + states,
+    )
+    return replace(whole, with_fit_in_main_memory=in_main_memory)
 
 
 def combined(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
@@ -325,72 +342,3 @@ def _reconstruction_values(shape: ModelShape, workload: Workload) -> int:
     # For one layer: damped products, their factor, and an fp32 weight.
     at_work = widest * (2 * widest + shape.hidden_size)
     return max(eliminating, at_work + (sum(kept) if workload.reconstructs == "all layers" else max(kept)))
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Available memory in bytes."""
-
-    gpus: tuple[int, ...]
-    """Free memory of each GPU."""
-    main_memory: int
-    """Available main memory."""
-
-    @property
-    def device(self) -> str:
-        """Return the type of device that models are placed on."""
-        return "cuda" if self.gpus else "cpu"
-
-    @property
-    def description(self) -> str:
-        """Return the available memory in words."""
-        if not self.gpus:
-            return f"the main memory has {gigabytes(self.main_memory)} available and there is no GPU"
-        if len(self.gpus) == 1:
-            return f"the GPU has {gigabytes(self.gpus[0])} free"
-        each = ", ".join(gigabytes(free) for free in self.gpus)
-        return f"the {len(self.gpus)} GPUs have {gigabytes(sum(self.gpus))} free ({each})"
-
-
-def this_machine() -> Machine:
-    """Return the memory that this machine has available now; only GPUs in CUDA_VISIBLE_DEVICES count."""
-    gpus = tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-    return Machine(gpus, main_memory())
-
-
-def has_room(device: torch.device, amount: int, share: float) -> bool:
-    """Return whether `amount` bytes are at most this share of what is free on `device`, if that is a GPU."""
-    return device.type == "cuda" and amount <= share * torch.cuda.mem_get_info(device)[0]
-
-
-def main_memory(root: Path = Path("/")) -> int:
-    """Return the available main memory in bytes: the kernel's figure, or a container's limit if it is smaller."""
-    limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    return min(_available(root / "proc/meminfo"), *(_limit(path) for path in limits))
-
-
-def _available(meminfo: Path) -> int:
-    try:
-        lines = dict(_fields(meminfo.read_text()))
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: the total memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _fields(meminfo: str) -> Iterator[tuple[str, str]]:
-    for line in meminfo.splitlines():
-        name, _, value = line.partition(":")
-        yield name, value
-
-
-def _limit(path: Path) -> int:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return 2**63
-    return int(text) if text.isdigit() else 2**63  # "max" if there is no limit
-
-
-def gigabytes(amount: int) -> str:
-    """Return `amount` bytes as text, such as `1.5 GB` or `20.0 MB`."""
-    return f"{amount / 1e9:.1f} GB" if amount >= 5e7 else f"{amount / 1e6:.1f} MB"

@@ -6,14 +6,15 @@ each run far too slow.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import accelerate
 import torch
 import transformers
 
-from gpu_worker.models.memory import Machine, MemoryEstimate, gigabytes
+from gpu_worker.models.machine import Machine, gigabytes
+from gpu_worker.models.memory import MemoryEstimate
 from protocol.errors import ModelError
 
 MARGIN = 0.04
@@ -28,6 +29,8 @@ class Placement:
     device: str | None = None
     """`cpu` or `cuda:N`; None if the model is spread over several GPUs."""
     budget: Mapping[int, int] = field(default_factory=dict)
+    fit_in_main_memory: bool = False
+    """Whether the matrices of the fit are kept in main memory."""
 
 
 def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
@@ -35,8 +38,8 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
 
     The order is: the GPU with the most free memory, all GPUs together, and the CPU if there is no GPU. GPUs are first
     tried with memory for the copies of any plan, then for fitted weights only. In the second case, plans that need too
-    many copies fail as out of memory. MARGIN of each GPU's free memory stays free, for what torch and its libraries
-    take. Raises ModelError if the model fits nowhere.
+    many copies fail as out of memory. At last, the matrices of the fit are kept in main memory. MARGIN of each GPU's
+    free memory stays free, for what torch and its libraries take. Raises ModelError if the model fits nowhere.
     """
     if not machine.gpus:
         if estimate.minimum + estimate.main_memory > machine.main_memory:
@@ -47,10 +50,16 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
             f"the texts need about {gigabytes(estimate.main_memory)} of main memory where "
             f"{gigabytes(machine.main_memory)} are available; use fewer or shorter windows (data)"
         )
+    gpus = [int(free * (1 - MARGIN)) for free in machine.gpus]
     for copies in (max(0, estimate.pruned_copies - estimate.fitted_copies), 0):
-        placement = _on_gpus(estimate, [int(free * (1 - MARGIN)) for free in machine.gpus], copies)
+        placement = _on_gpus(estimate, gpus, copies)
         if placement is not None:
             return placement
+    streamed = estimate.with_fit_in_main_memory
+    if streamed is not None and streamed.main_memory <= machine.main_memory:
+        placement = _on_gpus(streamed, gpus, 0)
+        if placement is not None:
+            return replace(placement, fit_in_main_memory=True)
     raise too_large(estimate, machine)
 
 
@@ -87,7 +96,7 @@ def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
 def share_of(placement: Placement, weights: int, all_weights: int) -> Placement:
     """Return the placement of one of several models placed together: its share of each GPU's budget."""
     budget = {gpu: room * weights // all_weights for gpu, room in placement.budget.items()}
-    return Placement(placement.device, budget)
+    return replace(placement, budget=budget)
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> Any:

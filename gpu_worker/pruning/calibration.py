@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.progress import Progress, no_progress, steps
+from gpu_worker.pruning.layerwise import LayerRun
 
 STRIP = 256
 """Number of inputs whose products are computed at once."""
@@ -163,6 +164,21 @@ def calibrate_products(
     with hooked(ActivationHooks, *decoder.layers) as hooks, hooked(ProductHooks, *decoder.layers) as products:
         _run(decoder, windows, progress, "calibrating")
     return tuple(each.activations() for each in hooks), _drained(list(reversed(products)))
+
+
+def calibrate_layer_by_layer(
+    decoder: Decoder, windows: Tensor, progress: Progress = no_progress
+) -> tuple[tuple[LayerActivations, ...], list[LayerProducts]]:
+    """Return what `calibrate_products` does, with the products in main memory and only one layer's on the device."""
+    run = LayerRun(decoder, windows)
+    seen, products = [], []
+    for i, layer in enumerate(steps(progress, "calibrating", decoder.layers)):
+        with hooked(ActivationHooks, layer) as (activations,), hooked(ProductHooks, layer) as (inputs,):
+            run.advance(i)
+        seen.append(activations.activations())
+        found = inputs.products()
+        products.append(LayerProducts(found.attention_output.cpu(), found.mlp_output.cpu()))
+    return tuple(seen), products
 
 
 def _drained(hooks: list[ProductHooks]) -> Iterator[LayerProducts]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.memory import has_room
+from gpu_worker.models.machine import has_room
 
 
 @dataclass(frozen=True)

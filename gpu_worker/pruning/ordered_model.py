@@ -117,10 +117,11 @@ class _OrderedLayer:
         """What the applied plan keeps: KV heads, and query heads per KV head. None if it must be applied again."""
         self._channels: int | None = None
 
-    def fit(self, products: LayerProducts) -> None:
+    def fit(self, products: LayerProducts, *, in_main_memory: bool) -> None:
         """Reconstruct the kept columns from now on, using input `products` in the layer's order."""
-        self._output = FittedColumns(self._output.stored, products.attention_output)
-        self._down = FittedColumns(self._down.stored, products.mlp_output)
+        where = {"in_main_memory": in_main_memory}
+        self._output = FittedColumns(self._output.stored, products.attention_output, **where)
+        self._down = FittedColumns(self._down.stored, products.mlp_output, **where)
         self._heads = self._channels = None
 
     def fit_error(self, plan: LayerPlan) -> float | None:
@@ -228,13 +229,14 @@ class OrderedModel:
         self._layers[layer] = self._ordered(layer, order)
         self._orders[layer] = order
 
-    def fit(self, layer: int, products: LayerProducts) -> None:
+    def fit(self, layer: int, products: LayerProducts, *, in_main_memory: bool = False) -> None:
         """Reconstruct decoder layer `layer` from now on when it is pruned (gpu_worker/pruning/reconstruction.py).
 
-        `products` are the layer's input products in its current order. A new order drops the fit.
+        `products` are the layer's input products in its current order. A new order drops the fit. The matrices of the
+        fit are kept on the layer's device, or `in_main_memory`.
         """
         with torch.no_grad():
-            self._layers[layer].fit(products)
+            self._layers[layer].fit(products, in_main_memory=in_main_memory)
 
     def in_order(self, layer: int, products: LayerProducts) -> LayerProducts:
         """Return the layer's input `products`, which are in the original order, in the layer's current order."""

@@ -34,15 +34,18 @@ MIN_MEAN_SQUARE = 1e-12
 class FittedColumns:
     """The columns of a linear layer in order of importance. If a plan removes some, the others get fitted weights."""
 
-    def __init__(self, stored: Tensor, products: Tensor) -> None:
+    def __init__(self, stored: Tensor, products: Tensor, *, in_main_memory: bool = False) -> None:
         """Prepare the fit.
 
         `stored` holds the columns as [pieces, ..., outputs]; pieces are KV heads or MLP channels, as in OrderedModel.
-        `products` is E[x·xᵀ] in the same order. Raises NotFiniteError if the products are not finite.
+        `products` is E[x·xᵀ] in the same order. With `in_main_memory`, the matrices of the fit are kept there, and what
+        a plan needs of them is copied to the device of `stored`. Raises NotFiniteError if the products are not finite.
         """
         self.stored = stored
-        self._factor = factored(damped(products))
+        self._factor = factored(damped(products.to(stored.device)))
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
+        if in_main_memory:
+            self._factor, self._target = _in_main_memory(self._factor), _in_main_memory(self._target)
 
     def first(self, *counts: int) -> Tensor:
         """Return the weight [outputs, kept inputs] of the columns whose index in dimension i is below `counts[i]`."""
@@ -75,11 +78,19 @@ class FittedColumns:
 
     def _fit(self, where: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Cholesky factor L_kk of the columns `where`, and their Z_k."""
+        device = self.stored.device
         if int(where[-1]) == len(where) - 1:
-            return self._factor[: len(where), : len(where)], self._target[: len(where)]
-        rows = self._factor[where.to(self._factor.device)]
+            rows = self._factor[: len(where)].to(device, non_blocking=True)
+            return rows[:, : len(where)], self._target[: len(where)].to(device, non_blocking=True)
+        rows = self._factor[where.to(self._factor.device)].to(device)
         factor = factored(rows @ rows.t())
-        return factor, torch.linalg.solve_triangular(factor, rows @ self._target, upper=False)
+        target = rows @ self._target.to(device, non_blocking=True)
+        return factor, torch.linalg.solve_triangular(factor, target, upper=False)
+
+
+def _in_main_memory(matrix: Tensor) -> Tensor:
+    """Return a copy of a GPU's `matrix` in main memory, from which it can be copied back fast."""
+    return matrix.cpu().pin_memory() if matrix.is_cuda else matrix
 
 
 def damped(products: Tensor) -> Tensor:

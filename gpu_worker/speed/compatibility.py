@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from gpu_worker.models.memory import gigabytes, this_machine
+from gpu_worker.models.machine import gigabytes, this_machine
 from protocol.errors import ModelError
 from protocol.plans.shape import LayerShape
 

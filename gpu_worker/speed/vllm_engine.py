@@ -22,7 +22,7 @@ import torch
 from gpu_worker.models.checkpoints import reason
 from gpu_worker.models.families import PRUNED
 from gpu_worker.models.loading import device_name
-from gpu_worker.models.memory import gigabytes
+from gpu_worker.models.machine import gigabytes
 from gpu_worker.models.modeling import class_names, module_name, render_modeling
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.timing import Length, Pair, Timing

@@ -6,6 +6,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -63,6 +64,18 @@ def test_a_gpu_measures_what_a_cpu_does(family: str, spec: SearchSpec) -> None:
         found.append(session.evaluate(spec.uniform_plan(session.shape)))
     assert found[1].perplexity == pytest.approx(found[0].perplexity, rel=1e-3)
     assert found[1].kl == pytest.approx(found[0].kl, rel=1e-2)
+
+
+def test_a_fit_in_main_memory_takes_less_of_the_gpu_and_measures_the_same(spec: SearchSpec) -> None:
+    found, taken = [], []
+    for in_main_memory in (False, True):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        session = session_of(spec, replace(on_gpu("llama"), fit_in_main_memory=in_main_memory))
+        taken.append(torch.cuda.memory_allocated() - before)
+        found.append(session.evaluate(spec.uniform_plan(session.shape)).kl)
+        del session
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and taken[1] < taken[0]
 
 
 def test_no_window_waits_for_the_gpu() -> None:

@@ -16,7 +16,7 @@ import pytest
 from daemon.cli import main
 from daemon.commands.prune import FinetuneFlags, SearchFlags, _best, finetune_recipe, prune_settings
 from daemon.settings.settings import Settings
-from gpu_worker.models.memory import Machine
+from gpu_worker.models.machine import Machine
 from protocol.errors import SelfPrunerError
 from protocol.runtime.signals import Interrupted
 from tests.support.cli import Cli

@@ -1,6 +1,7 @@
 """What keeps a GPU busy and its fast kernels in use, checked without one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gpu_worker.evaluation.target import Target
 from gpu_worker.measuring.divergence import DensePredictions, window_divergence
 from gpu_worker.measuring.perplexity import read, window_loss
 from gpu_worker.models.families import extract_decoder
+from gpu_worker.models.loading import load_model
 from gpu_worker.pruning.ordered_model import ALIGNMENT
 from gpu_worker.pruning.reconstruction import FittedColumns
 from protocol.plans.candidate import Measured, Race
@@ -147,3 +149,15 @@ def test_a_fit_that_ran_out_of_memory_is_made_again(session: Session, monkeypatc
             session.evaluate(plan)
     session.target.ordered.restore()
     assert session.evaluate(plan).perplexity == expected
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_fit_in_main_memory_measures_the_same(spec: SearchSpec, session: Session) -> None:
+    plans = [spec.plan(rates, session.shape) for rates in ([0.5, 0.3] + [0.4] * 4, [0.2, 0.3] + [0.45] * 4)]
+    expected = [session.evaluate(plan) for plan in plans]
+    model = replace(load_model(spec.model, spec.dtype), fit_in_main_memory=True)
+    for _ in range(2):  # computed, and read from the cache
+        target = Target(spec, model=model)
+        found = [Session(spec, sensitivity=False, target=target).evaluate(plan) for plan in plans]
+        assert [each.kl for each in found] == [each.kl for each in expected]
+        model = replace(load_model(spec.model, spec.dtype), fit_in_main_memory=True)

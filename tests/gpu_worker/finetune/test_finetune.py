@@ -16,7 +16,8 @@ from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import FAMILIES
 from gpu_worker.models.loading import load_model
-from gpu_worker.models.memory import Machine, Training, Workload, estimate_memory
+from gpu_worker.models.machine import Machine
+from gpu_worker.models.memory import Training, Workload, estimate_memory
 from gpu_worker.models.placement import place
 from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.plans.spec import Dtype

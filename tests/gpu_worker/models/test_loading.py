@@ -9,7 +9,8 @@ import transformers
 import gpu_worker.models.loading as module
 from gpu_worker.models.families import FAMILIES
 from gpu_worker.models.loading import LoadedModel, load_model, load_side_by_side
-from gpu_worker.models.memory import Machine, Workload, estimate_memory
+from gpu_worker.models.machine import Machine
+from gpu_worker.models.memory import Workload, estimate_memory
 from protocol.errors import ModelError, UsageError
 from protocol.results.formats import Format
 from protocol.runtime import logs

@@ -8,7 +8,8 @@ from gpu_worker.models import memory
 from gpu_worker.models.families import FAMILIES, extract_decoder
 from gpu_worker.models.limits import ROWS_PER_CHUNK
 from gpu_worker.models.loading import load_model
-from gpu_worker.models.memory import FP32, Machine, MemoryEstimate, Workload, estimate_memory, main_memory
+from gpu_worker.models.machine import Machine, main_memory, this_machine
+from gpu_worker.models.memory import FP32, MemoryEstimate, Workload, estimate_memory
 from gpu_worker.models.placement import meta_model
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.real_model import need_smollm2
@@ -47,6 +48,20 @@ def test_reconstruction_needs_squares_of_every_width(scoring: str) -> None:
     assert fitted.pruned_copies - plain.pruned_copies == 32 * 4096 * (4096 + 11008) * 2
     assert plain.fitted_copies == 0 and fitted.fitted_copies == pytest.approx(0.7 * fitted.pruned_copies, rel=1e-4)
     assert "matrices of the fit" in fitted.description and "matrices" not in plain.description
+
+
+def test_in_main_memory_the_fit_needs_one_layer_on_the_device_and_all_of_them_there() -> None:
+    fitted = SPEC.model_copy(update={"reconstruction": "least-squares"})
+    one_layer = fitted.model_copy(update={"scoring": "sequential"})
+    whole, alone = (estimate_of(LLAMA_2_7B, Workload.of(spec)) for spec in (fitted, one_layer))
+    split = whole.with_fit_in_main_memory
+    assert split is not None and alone.with_fit_in_main_memory is None
+    assert split.reconstruction == alone.reconstruction
+    states = 32 * 1024 * 4096 * 2
+    assert split.main_memory == whole.main_memory + whole.reconstruction + states
+    assert "other matrices of the fit" in split.description
+    scored = fitted.model_copy(update={"importance": "obs"})
+    assert estimate_of(LLAMA_2_7B, Workload.of(scored)).with_fit_in_main_memory is None
 
 
 def test_elimination_keeps_the_squares_of_all_layers_while_it_scores() -> None:
@@ -143,9 +158,10 @@ def test_the_words_name_every_part_that_there_is() -> None:
 
 
 def test_the_workload_of_a_spec_is_its_longest_window() -> None:
-    assert Workload.of(SPEC) == Workload(seqlen=2048, generates_text=True, measures_sensitivity=True, kept=0.7)
+    always = {"calibration_tokens": 32 * 1024, "measures_sensitivity": True, "kept": 0.7}
+    assert Workload.of(SPEC) == Workload(seqlen=2048, generates_text=True, **always)
     plain = SPEC.model_copy(update={"fitness": SPEC.calibration, "report": None})
-    assert Workload.of(plain) == Workload(seqlen=1024, measures_sensitivity=True, kept=0.7)
+    assert Workload.of(plain) == Workload(seqlen=1024, **always)
 
 
 def test_the_workload_of_a_spec_counts_what_its_settings_keep() -> None:
@@ -183,7 +199,7 @@ def test_a_containers_limit_counts_where_it_is_lower(tmp_path: Path, file: str) 
 def test_this_machine_is_described_in_words(tmp_path: Path) -> None:
     """Where there is no /proc, all memory counts."""
     assert main_memory(tmp_path) > 2**28
-    assert memory.this_machine().main_memory > 2**28
+    assert this_machine().main_memory > 2**28
     assert Machine((), 24_000_000_000).description == "the main memory has 24.0 GB available and there is no GPU"
     assert Machine((24_000_000_000,), 1).description == "the GPU has 24.0 GB free"
     assert Machine((24_000_000_000, 12_000_000_000), 1).description == "the 2 GPUs have 36.0 GB free (24.0 GB, 12.0 GB)"

@@ -1,10 +1,12 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gpu_worker.models.families import extract_decoder
-from gpu_worker.models.memory import Machine, MemoryEstimate
+from gpu_worker.models.machine import Machine
+from gpu_worker.models.memory import MemoryEstimate
 from gpu_worker.models.placement import Placement, device_map, meta_model, place
 from protocol.errors import ModelError
 from tests.support.tiny_models import tiny_llama
@@ -66,6 +68,26 @@ def test_copies_that_every_plan_needs_must_fit_others_need_not() -> None:
     assert place(estimate, machine(19)) == Placement("cuda:0")
     with pytest.raises(ModelError, match="too large"):
         place(estimate, machine(18))
+
+
+def test_the_matrices_of_the_fit_go_to_main_memory_where_the_gpu_has_no_room() -> None:
+    fitted = MemoryEstimate(
+        16 * GB,
+        pruned_copies=6 * GB,
+        activations=GB,
+        main_memory=GB,
+        reconstruction=40 * GB,
+        fitted_copies=3 * GB,
+        fit="all layers",
+    )
+    split = replace(fitted, reconstruction=2 * GB, main_memory=42 * GB)
+    estimate = replace(fitted, with_fit_in_main_memory=split)
+    assert place(estimate, machine(80)) == Placement("cuda:0")
+    assert place(estimate, machine(24)) == Placement("cuda:0", fit_in_main_memory=True)
+    spread = place(estimate, machine(16, 16))
+    assert spread.fit_in_main_memory and set(spread.budget) == {0, 1}
+    with pytest.raises(ModelError, match="sequential scoring"):
+        place(replace(estimate, fit="all layers"), machine(24, main_memory=32))
 
 
 LONG_TEXTS = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)

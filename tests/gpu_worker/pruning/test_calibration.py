@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.pruning.calibration import calibrate, calibrate_products
+from gpu_worker.pruning.calibration import calibrate, calibrate_layer_by_layer, calibrate_products
 from tests.support.tiny_models import tiny_llama, tiny_windows
 
 
@@ -45,6 +45,14 @@ def test_products_are_those_of_all_tokens_however_they_are_added_up(
         for part, products in (("output", seen.attention_output), ("down", seen.mlp_output)):
             inputs = _inputs(model, windows, i, part)
             assert torch.allclose(products, inputs.t() @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+
+
+def test_calibrating_layer_by_layer_finds_the_same() -> None:
+    model, windows = tiny_llama(), tiny_windows(5, 16)
+    expected, found = calibrate_products(model.decoder, windows), calibrate_layer_by_layer(model.decoder, windows)
+    for ones, others in zip(expected, found, strict=True):
+        for one, other in zip(ones, others, strict=True):
+            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one))
 
 
 def test_calibrating_does_not_change_what_the_model_computes() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from daemon.cli import main
 from gpu_worker.export.folder import formats_in
-from gpu_worker.models.memory import Machine
+from gpu_worker.models.machine import Machine
 from gpu_worker.speed.compatibility import Sizes, check_memory, check_pruned_from
 from gpu_worker.speed.engines import ENGINES, EngineFacts, choose_engines, engines_named
 from gpu_worker.speed.timing import Pair, Timing, alternate, compare
