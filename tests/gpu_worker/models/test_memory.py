@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,10 +159,10 @@ def test_the_words_name_every_part_that_there_is() -> None:
 
 
 def test_the_workload_of_a_spec_is_its_longest_window() -> None:
-    always = {"calibration_tokens": 32 * 1024, "measures_sensitivity": True, "kept": 0.7}
-    assert Workload.of(SPEC) == Workload(seqlen=2048, generates_text=True, **always)
+    always = Workload(calibration_tokens=32 * 1024, measures_sensitivity=True, kept=0.7)
+    assert Workload.of(SPEC) == replace(always, seqlen=2048, generates_text=True)
     plain = SPEC.model_copy(update={"fitness": SPEC.calibration, "report": None})
-    assert Workload.of(plain) == Workload(seqlen=1024, **always)
+    assert Workload.of(plain) == replace(always, seqlen=1024)
 
 
 def test_the_workload_of_a_spec_counts_what_its_settings_keep() -> None:
