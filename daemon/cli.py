@@ -1,5 +1,6 @@
 """`selfpruner …`: the commands of daemon/commands. Turns every error into an exit code and a one-sentence message."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from daemon.commands.worker import worker
 from daemon.commands.zero_shot import zero_shot
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.runtime import logs
+from protocol.runtime.environment import THREADS
 from protocol.runtime.signals import Interrupted
 
 app = typer.Typer(
@@ -61,6 +63,8 @@ app.command("open")(open_)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Invalid input returns exit code 2, with one sentence on stderr."""
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)  # before torch is imported
     try:
         code = app(args=arguments, prog_name="selfpruner", standalone_mode=False)
     except FLAG_ERROR as error:

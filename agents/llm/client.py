@@ -48,6 +48,7 @@ _LONGEST_LOOK = 1_000
 _LONGEST_CODE = 100
 """Maximum number of characters of an error's code that are used."""
 _QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+_CANNOT_CONNECT = re.compile(r"Cannot connect to host (\S+) ssl:\S+ \[(.*)\]", re.DOTALL)
 _UNKNOWN_MODEL = re.compile(
     r"model_not_found|(unknown|invalid|no such) model\b|not a valid model"
     r"|\bmodel\b[^{}]{0,150}?(\bnot found\b|\bnot be found\b|does not exist|doesn't exist)",
@@ -142,7 +143,7 @@ class Client:
         if isinstance(error, EndpointError | httpx2.TransportError):
             reason = str(error) or type(error).__name__
         elif isinstance(error, openai.APIConnectionError) and cause:
-            reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
+            reason = str(cause) if isinstance(cause, EndpointError) else _no_connection(error, cause)
         else:
             reason = f"the request to the endpoint failed ({type(error).__name__}: {error})"
         return RequestFailed(self.masking.shown(reason), "unreachable", retryable=True)
@@ -167,6 +168,14 @@ class Client:
         failed = RequestFailed(self.masking.shown(reason), kind, retryable=retryable, status=status, wait=wait)
         failed.unknown_model = unknown
         return failed
+
+
+def _no_connection(error: Exception, cause: BaseException) -> str:
+    """Return why there is no connection to the endpoint; aiohttp's own words are hard to read."""
+    said = _CANNOT_CONNECT.search(str(cause))
+    if said is None:
+        return f"{error} ({cause or type(cause).__name__})"
+    return f"nothing listens on {said[1]}" if "Connect call failed" in said[2] else f"{said[1]}: {said[2]}"
 
 
 def _body_of(response: httpx2.Response) -> tuple[str, object]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import PurePath
 
 import numpy as np
 
@@ -52,13 +53,18 @@ class AboutModel:
     robust: tuple[str, ...]
 
 
+def _shown_name(model: str) -> str:
+    """Return a model's name without the folders of this machine, which are no one else's business."""
+    return PurePath(model).name if model.startswith(("/", ".", "~")) else model
+
+
 def about_model(view: View, parts: Collection[FeedbackPart]) -> AboutModel:
     """Return the description of this search's model; the widths are those of its first layer."""
     spec, shape = view.spec, view.profile.shape
     ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in parts else ()
     attention, mlp = shape.units("block")[:2]
     return AboutModel(
-        model=view.profile.model,
+        model=_shown_name(view.profile.model),
         granularity=spec.granularity,
         layers=len(shape.layers),
         units=len(view.units),

@@ -7,6 +7,7 @@ and does nothing.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -50,7 +51,6 @@ def main() -> int:
             "--json", str(out / "throughput-70b.json"),
         ],
         "A search of ten candidates": [python, "-m", "daemon", "run", str(search)],
-        "Pipelines": [python, "-m", "benchmarks.pipeline", "--json", str(out / "pipeline.json")],
     }  # fmt: skip
     cards = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     report = [f"# {cards}", f"torch {torch.__version__}, CUDA {torch.version.cuda}"]
@@ -70,12 +70,16 @@ def main() -> int:
 
 def _search(out: Path, layers: int | None, device: torch.device) -> Path:
     """Write a model with random weights and the settings of a search for it; return the settings."""
-    folder = out / "model"
-    if not (folder / "config.json").exists():
+    shutil.rmtree(out / "searches", ignore_errors=True)
+    folder = out / f"model-{layers or 'whole'}"
+    if not folder.exists():
+        unfinished = out / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer = AutoTokenizer.from_pretrained(unpacked(smollm2_file(), "bfloat16"))
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(unfinished)
         model = random_model(SHAPE, layers, torch.bfloat16, device, vocab_size=len(tokenizer))
-        model.causal_lm.save_pretrained(folder)
+        model.causal_lm.save_pretrained(unfinished)
+        unfinished.rename(folder)
         del model
         torch.cuda.empty_cache()
     windows = {"calibration_windows": 16, "fitness_windows": 8, "seqlen": 1024}

@@ -16,6 +16,8 @@ class Case:
     """One candidate, measured by one worker."""
     answer: float
     """One answer of the LLM, whatever it is asked."""
+    at_once: int = 4
+    """Questions that the endpoint answers at once (llm.concurrency)."""
     mode: str = "generational"
     """`generational` or `steady-state`."""
     population: int = 16

@@ -21,15 +21,16 @@ from tests.support.servers import server_binary, temporary_server
 
 
 class SlowChat(SchemaChat):
-    """Answers after a while, as many questions at once as are asked."""
+    """Answers after a while, some questions at once."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, case: Case) -> None:
         super().__init__()
-        self._seconds, self._dice = seconds, Random(0)
+        self._seconds, self._dice, self._slots = case.answer, Random(0), asyncio.Semaphore(case.at_once)
 
     async def ask(self, question: Question) -> Answer:
         """Answer as the question's schema says."""
-        await asyncio.sleep(varied(self._seconds, self._dice))
+        async with self._slots:
+            await asyncio.sleep(varied(self._seconds, self._dice))
         return await super().ask(question)
 
 
@@ -73,9 +74,9 @@ async def _search(case: Case, url: str, folder: Path) -> float:
             "mode": case.mode,
         }
     )
-    conducted = Conducted(connect(url), keys, folder, settings=settings, chat=SlowChat(case.answer))
+    conducted = Conducted(connect(url), keys, folder, settings=settings, chat=SlowChat(case))
     search = await conducted.open()
-    search.in_flight = InFlight(None, search.state.population, partial(_count, case))
+    search.in_flight = InFlight(None, search.state.population, partial(_count, case), case.at_once)
     workers = Workers(url, case, keys)
     working = [asyncio.create_task(workers.work(number)) for number in range(case.workers)]
     began = time.perf_counter()

@@ -1,6 +1,5 @@
 """The pipeline of a search as a discrete-event simulation, in which hours take milliseconds."""
 
-import math
 from collections.abc import Generator
 from random import Random
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import simpy
 
 from benchmarks.pipeline.case import Case, varied
+from daemon.search.in_flight import enough
 
 Steps = Generator[simpy.Event, Any, Any]
 
@@ -19,6 +19,7 @@ class Simulation:
         self.case, self._dice = case, Random(seed)
         self._env = simpy.Environment()
         self._queue: simpy.Store = simpy.Store(self._env)
+        self._slots = simpy.Resource(self._env, case.at_once)
         self._outcome = self._env.event()
         self._issued = self._measured = 0
         self._chosen_until = -1
@@ -46,7 +47,12 @@ class Simulation:
             self._outcome = self._env.event()
 
     def _answer(self) -> simpy.Event:
-        return self._env.timeout(varied(self.case.answer, self._dice))
+        return self._env.process(self._answered())
+
+    def _answered(self) -> Steps:
+        with self._slots.request() as slot:
+            yield slot
+            yield self._env.timeout(varied(self.case.answer, self._dice))
 
     def _search(self) -> Steps:
         yield from self._asked_together(self.case.population)
@@ -74,15 +80,15 @@ class Simulation:
             yield self._outcome
 
     def _steady_state(self) -> Steps:
-        """Ask as daemon/search/modes.py does, with the limit of daemon/search/in_flight.py."""
+        """Ask as daemon/search/modes.py does, with the limit that the daemon finds when it knows all times."""
         case = self.case
-        limit = math.ceil(case.workers * (1 + case.answer / case.evaluation)) + case.workers
+        limit = enough(case.workers, case.answer, case.evaluation, case.at_once)
         yield from self._until(lambda: self._measured >= 2)
         asking: set[simpy.Event] = set()
         begun = 0
         while asking or self._issued + len(asking) < case.candidates:
             under_way = self._issued - self._measured + len(asking)
-            if self._issued + len(asking) < case.candidates and under_way < limit:
+            if self._issued + len(asking) < case.candidates and under_way < limit and len(asking) < case.at_once:
                 begun += 1
                 asking.add(self._env.process(self._turn(begun, limit)))
             else:

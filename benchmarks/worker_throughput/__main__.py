@@ -11,16 +11,20 @@ timed with an empty cache, and again as a second search on the same model finds 
 """
 
 import argparse
+import gc
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -32,7 +36,7 @@ from benchmarks.worker_throughput.plot import plot
 from benchmarks.worker_throughput.products import Products
 from benchmarks.worker_throughput.random_models import SHAPES, random_model
 from benchmarks.worker_throughput.stages import stages
-from gpu_worker.evaluation.process import keep_libraries_quiet
+from gpu_worker.evaluation.process import keep_libraries_quiet, let_segments_grow
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target
 from gpu_worker.measuring.devices import speed_of_this_machine
@@ -107,44 +111,75 @@ def main() -> int:
     logs.configure(level="WARNING")
     keep_libraries_quiet()
     console = Console(width=120)
-    with tempfile.TemporaryDirectory() as cache, products_in_float32():
-        os.environ["XDG_CACHE_HOME"] = cache
+    let_segments_grow()
+    with _empty_cache(), products_in_float32():
         peak = speed_of_this_machine(given.dtype)
-        model = _model(given)
-        console.print(f"{model.name or given.model}, {given.dtype}, {_device_name(model)}, torch {torch.__version__}")
+        name, device = _described(given)
+        console.print(f"{name}, {given.dtype}, {device}, torch {torch.__version__}")
         console.print(f"a large product: {peak.multiply / 1e12:.2f} TFLOPS; {given.windows} windows of {given.seqlen}")
         rows: list[Row] = []
         preparations: dict[str, tuple[float, float]] = {}
         naive: list[Naive] = []
+        memory: dict[str, int] = {}
         for measure, reconstruction in WAYS:
-            session, first = _prepared(given, measure, reconstruction)
-            _, again = _prepared(given, measure, reconstruction)
-            preparations[f"{measure}, {reconstruction}"] = first, again
-            console.print(f"{measure}, {reconstruction}: prepared in {first:.1f} s, a second search in {again:.1f} s")
+            way = f"{measure}, {reconstruction}"
+            first = _prepared(given, measure, reconstruction)[1]  # its session is freed before the next is made
+            session, again = _prepared(given, measure, reconstruction)
+            preparations[way] = first, again
+            console.print(f"{way}: prepared in {first:.1f} s, a second search in {again:.1f} s")
             for rate in given.rates:
                 rows.append(_measured(session, rate, given.candidates, peak.multiply))
                 console.print(_line(rows[-1]))
             if (measure, reconstruction) == WAYS[0]:
                 naive = [_compared(session, rate) for rate in given.naive_rates]
+            del session
+            memory[way] = _peak_memory()
         _print(console, rows, naive)
-        found = {
-            "model": model.name or given.model,
-            "device": _device_name(model),
-            "dtype": given.dtype,
-            "torch": torch.__version__,
-            "windows": given.windows,
-            "seqlen": given.seqlen,
-            "peak_flops": peak.multiply,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
-            "preparations": preparations,
-            "rows": [asdict(row) for row in rows],
-            "naive": [asdict(each) | {"ratio": each.ratio} for each in naive],
-        }
+    found = {
+        "model": name,
+        "device": device,
+        "dtype": given.dtype,
+        "torch": torch.__version__,
+        "windows": given.windows,
+        "seqlen": given.seqlen,
+        "peak_flops": peak.multiply,
+        "peak_memory_bytes": memory,
+        "preparations": preparations,
+        "rows": [asdict(row) for row in rows],
+        "naive": [asdict(each) | {"ratio": each.ratio} for each in naive],
+    }
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     if given.plot:
         plot(found, given.plot)
     return 0
+
+
+@contextmanager
+def _empty_cache() -> Iterator[None]:
+    """Let preparation find nothing in the cache."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}):
+        yield
+
+
+def _described(given: argparse.Namespace) -> tuple[str, str]:
+    """Return the name of the model and of its device."""
+    model = _model(given)
+    if model.device.type == "cuda":
+        return model.name, torch.cuda.get_device_name(model.device)
+    threads = torch.get_num_threads()
+    return model.name, f"CPU with {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that were allocated on the GPU since the last call, or ever in main memory."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = int(torch.cuda.max_memory_allocated())
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return found
 
 
 def _model(given: argparse.Namespace) -> LoadedModel:
@@ -156,10 +191,11 @@ def _model(given: argparse.Namespace) -> LoadedModel:
 
 def _prepared(given: argparse.Namespace, measure: Measure, reconstruction: Reconstruction) -> tuple[Session, float]:
     """Return a session on a new copy of the model, and the seconds of its preparation without loading."""
+    _peak_memory()
     model = _model(given)
     text = TextSpec(source="self", windows=given.windows, seqlen=given.seqlen)
     spec = SearchSpec(
-        model=model.name or given.model,
+        model=model.name,
         rate=0.3,
         granularity="block",
         calibration=text.model_copy(update={"windows": given.calibration_windows}),
@@ -240,12 +276,6 @@ def _seconds(work: Callable[[], object]) -> float:
 def _wait() -> None:
     for gpu in range(torch.cuda.device_count()):
         torch.cuda.synchronize(gpu)
-
-
-def _device_name(model: LoadedModel) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    return f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _line(row: Row) -> str:

@@ -68,6 +68,7 @@ def check(
                 lambda: find_needs(spec, given, gpus),
                 lambda: given or speed_of_this_machine(spec.dtype),
                 asks=ask,
+                estimates=given is not None,
                 said=line.update if line else lambda _: None,
             )
         )

@@ -209,6 +209,6 @@ def _origin(file: RatesFile, path: Path | None) -> str:
 
 
 def text_of(source: str, windows: int | None, seqlen: int) -> TextSpec:
-    """Return the spec of a text. Raises DataError for a file that is not on this machine."""
-    check_text(source)
+    """Return the spec of a text. Raises DataError for a file that is not on this machine, or is too short."""
+    check_text(source, (windows or 1) * seqlen)
     return text_spec(source, windows, seqlen)

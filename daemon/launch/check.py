@@ -4,7 +4,7 @@ import asyncio
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agents.llm.dialect import Rung
@@ -12,7 +12,7 @@ from agents.llm.policy import Spent
 from daemon.launch.expected_cost import Cost, expected_cost
 from daemon.launch.llm import make_chat
 from daemon.launch.run import check_here, lacks_llm
-from daemon.search.checks import check_lists_somewhere
+from daemon.search.checks import REPORT_ADVICE, check_lists_somewhere, is_searched_on
 from daemon.search.rehearsal import ask_once, rehearse
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
@@ -49,7 +49,8 @@ class Report:
 
     findings: tuple[Finding, ...]
     cost: Cost | None
-    device: str
+    device: str | None
+    """For which the cost is estimated."""
 
     @property
     def errors(self) -> list[str]:
@@ -84,20 +85,19 @@ async def check(
     find_speed: Callable[[], DeviceSpeed],
     *,
     asks: bool = True,
+    estimates: bool = False,
     said: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Check everything that the search of `settings` needs.
+    """Check everything that the search of `settings` needs, and estimate what it takes.
 
     `find_needs` and `find_speed` measure the model and the device; they run in threads. With `asks`, each endpoint is
-    asked one question. `said` is told what is being done.
+    asked one question. If something must be put right first, nothing is estimated, unless `estimates`. `said` is told
+    what is being done.
     """
     findings = [_files(settings)]
     said("reading the model's config and the texts")
     needs = await asyncio.to_thread(find_needs)
-    findings += [_model(needs), _texts(settings, needs)]
-    said("measuring the device")
-    speed = await asyncio.to_thread(find_speed)
-    findings += [_memory(needs), _disk(settings, needs)]
+    findings += [_model(needs), _texts(settings, needs), _memory(needs), _disk(settings, needs)]
     if settings.redis.full_url:
         findings.append(await _redis(settings.redis.full_url))
     seconds: float | None = None
@@ -108,13 +108,15 @@ async def check(
         seconds = seconds or asked.seconds
     if lacks_llm(settings):
         findings.append(Finding("LLM", "warning", WITHOUT_ENDPOINT))
-    cost = None
-    if needs.shape is not None:
-        said("rehearsing the search")
-        asks_llm = settings.search.asks_llm and not settings.llm.replay
-        questions = await rehearse(settings, needs.shape) if asks_llm else None
-        cost = expected_cost(settings, needs, speed, questions, seconds)
-    return Report(tuple(findings), cost, speed.name)
+    report = Report(tuple(findings), None, None)
+    if needs.shape is None or (report.errors and not estimates):
+        return report
+    said("measuring the device")
+    speed = await asyncio.to_thread(find_speed)
+    said("rehearsing the search")
+    asks_llm = settings.search.asks_llm and not settings.llm.replay
+    questions = await rehearse(settings, needs.shape) if asks_llm else None
+    return replace(report, cost=expected_cost(settings, needs, speed, questions, seconds), device=speed.name)
 
 
 WITHOUT_ENDPOINT = (
@@ -150,6 +152,9 @@ def _texts(settings: Settings, needs: Needs) -> Finding:
     if settings.search.reconstruction == "least-squares" and calibration < LEAST_CALIBRATION_TOKENS:
         few = f"{calibration:,} calibration tokens are few for least squares: a fit on 2,000 is worse than none"
         return Finding("texts", "warning", f"{said}; {few}")
+    data = settings.data
+    if data.report is not None and is_searched_on(data.report, data.fitness):
+        return Finding("texts", "warning", f"{said}; the search and the report use the same text: {REPORT_ADVICE}")
     return Finding("texts", "ok", said)
 
 

@@ -218,6 +218,7 @@ class Launch:
             self._journal,
             seconds=self._usage.seconds,
             count_workers=self._count_workers,
+            questions_at_once=self._settings.llm.concurrency * max(1, len(self._settings.llm.endpoints)),
         )
         self._search = self._observer.search = search
         if self._display:

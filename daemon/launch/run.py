@@ -24,7 +24,7 @@ from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
 from daemon.settings.target import check_text
-from daemon.state.journal import PROFILE
+from daemon.state.journal import LOG, PROFILE
 from daemon.trackers.kinds import check_trackers
 from protocol.errors import SettingsError, UsageError
 from protocol.runtime import logs
@@ -89,8 +89,10 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 def check_here(settings: Settings) -> None:
     """Raise UsageError if the model, a text, a key, a transcript, a tracker or the local LLM's file is missing."""
     check_model(settings.target.model)  # now, rather than when the worker loads it
-    for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
-        check_text(source)  # now, rather than when the worker reads it
+    data = settings.data
+    texts = {data.calibration: data.calibration_windows, data.fitness: data.fitness_windows}
+    for source, windows in {**texts, data.report or "self": data.report_windows}.items():
+        check_text(source, (windows or 1) * data.seqlen)  # now, rather than when the worker reads it
     secrets_of(settings)  # now, rather than when the folder of the search has been made
     check_trackers(settings)
     read_replay(settings)
@@ -109,7 +111,7 @@ def _configure_logs(settings: Settings, stream: logs.Stream | None) -> Access | 
 
     Returns the access to its HTTP API, or None if disabled.
     """
-    file, own = settings.folder / "log.jsonl", secrets_of(settings)
+    file, own = settings.folder / LOG, secrets_of(settings)
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         access = open_access(settings.http, settings.folder) if settings.http.enabled else None

@@ -12,7 +12,7 @@ from daemon.monitor.summary import Summary, summarise
 from daemon.search.figures import uniform_outcome
 from daemon.search.state import SearchState
 from daemon.state.history import History
-from daemon.state.journal import PROFILE, STATUS_FILE, saved, saved_spec
+from daemon.state.journal import LOG, PROFILE, STATUS_FILE, saved, saved_spec
 from daemon.state.recovery import recovered
 from protocol.errors import UsageError
 from protocol.plans.candidate import Measured
@@ -36,6 +36,8 @@ class SearchRecord:
         """Read the search in `folder`. Raises UsageError if there is none, or none whose model has been measured."""
         spec = saved_spec(folder) if folder.is_dir() else None
         if spec is None:
+            if (folder / LOG).exists():
+                raise UsageError(f"the search in the folder {str(folder)!r} has measured nothing yet")
             raise UsageError(f"there is no search in the folder {str(folder)!r}")
         try:
             profile = ModelProfile.model_validate(saved(folder, PROFILE) or {})

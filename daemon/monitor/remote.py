@@ -15,7 +15,7 @@ from daemon.local.valkey import embedded_url
 from daemon.monitor.events import Event, StatusTracker
 from daemon.monitor.status import Condition, Observation, QueueDepth, RuntimeStateReader, Status
 from daemon.state.history import HistoryReader
-from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
+from daemon.state.journal import BEST, LOG, STATUS_FILE, best_record, saved
 from protocol.errors import SelfPrunerError, StoreError, UsageError
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import connect, is_transient, permanent_error
@@ -149,10 +149,15 @@ class NotRunning(UsageError):  # noqa: N818
 
 
 def chosen_search(search: str | None, redis_url: str | None, folder: Path) -> str:
-    """Return the search that a command is for: the given one, else the only one in `folder`, else `default`."""
+    """Return the search that a command is for: the given one, else the only one in `folder`, else `default`.
+
+    Raises UsageError if there are several in `folder`, and none is called `default`.
+    """
     if search is not None:
         return search
     found = _names_in(folder) if redis_url is None else []
+    if len(found) > 1 and "default" not in found:
+        raise UsageError(f"there are {len(found)} searches in {folder}/; choose with --search: {', '.join(found)}")
     return found[0] if len(found) == 1 else "default"
 
 
@@ -192,7 +197,7 @@ def folders_in(folder: Path) -> list[str]:
 
 def _names_in(folder: Path) -> list[str]:
     """Return the names of the searches in `folder`; an old folder of something else has no log."""
-    return [name for name in folders_in(folder) if (folder / name / "log.jsonl").exists()]
+    return [name for name in folders_in(folder) if (folder / name / LOG).exists()]
 
 
 def folder_of(folder: Path, search: str) -> Path:
@@ -206,10 +211,13 @@ def folder_of(folder: Path, search: str) -> Path:
 
 
 def _not_running(folder: Path, search: str) -> str:
-    return (
-        f"the search {search!r} in {folder}/ is not running now: `selfpruner run` with its settings resumes it; "
-        "if its server is elsewhere, give --redis-url"
-    )
+    status = saved_status(folder / search)
+    if status is not None and status.finished:
+        return f"the search {search!r} in {folder}/ has finished; a larger search.max_evaluations lengthens it"
+    where = f"the search {search!r} in {folder}/ is not running now"
+    if status is None or status.measured == 0:
+        where = f"the search {search!r} in {folder}/ has measured no candidate yet, and is not running now"
+    return f"{where}: `selfpruner run` with its settings resumes it; if its server is elsewhere, give --redis-url"
 
 
 def saved_status(folder: Path) -> Status | None:

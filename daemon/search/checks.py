@@ -14,6 +14,7 @@ from protocol.runtime.paths import is_same_file
 
 TOKENS_BESIDE_LISTS = 600
 """Number of tokens in a prompt for lists, in addition to the lists."""
+REPORT_ADVICE = "the report says less about other texts; give another text as data.report"
 TOKENS_OF_LESSONS = 750
 """Maximum number of tokens of llm.lessons in a prompt."""
 
@@ -24,7 +25,7 @@ def warn_of_texts(settings: Settings) -> None:
     """Warn if a search reports on the text that it searches on."""
     data = settings.data
     if data.report is not None and is_searched_on(data.report, data.fitness):
-        log.warning("report_is_searched_on", text=data.report)
+        log.warning("report_is_searched_on", text=data.report, advice=REPORT_ADVICE)
 
 
 def is_searched_on(report: str, fitness: str) -> bool:

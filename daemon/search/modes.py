@@ -82,7 +82,8 @@ async def steady_state(search: "Search") -> None:
         # A question may yield no candidate, so the budget is not used up until the last questions are answered.
         while turns.asking or turns.may_begin():
             limit = await search.in_flight.limit()
-            if turns.may_begin() and search.keeper.waiting + len(turns.asking) < limit:
+            under_way = search.keeper.waiting + len(turns.asking)
+            if turns.may_begin() and under_way < limit and len(turns.asking) < search.in_flight.at_once:
                 turns.begin(limit)
             else:
                 await turns.next_change()

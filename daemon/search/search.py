@@ -44,11 +44,12 @@ class Search:
         *,
         seconds: Callable[[], float] = lambda: 0.0,
         count_workers: CountWorkers = one_worker,
+        questions_at_once: int = 4,
     ) -> None:
         self.settings, self.state, self.agents, self._queue, self._journal = settings, state, agents, queue, journal
         self.budget = Budget(settings, state, seconds)
         self.admission = Admission(settings, state, self.budget, queue)
-        self.in_flight = InFlight(settings.max_in_flight, state.population, count_workers)
+        self.in_flight = InFlight(settings.max_in_flight, state.population, count_workers, questions_at_once)
         self.keeper = PopulationKeeper(queue, state.population, state.ledger, on_evaluation=self._note)
         self.parents_source: Source | None = None
         """Whether the LLM or the fallback chose the parents of the last round."""
@@ -56,6 +57,7 @@ class Search:
 
     async def run(self, rounds: Callable[["Search"], Awaitable[None]]) -> None:
         """Populate, run `rounds` until the budget is used up, and report. At the end every candidate has an outcome."""
+        before = len(self.state.ledger)
         self._journal.begin(self.settings.name, self.state.spec, self.state.profile, self.state.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self.keeper.run())
@@ -64,6 +66,8 @@ class Search:
             await self.keeper.settled()
             await self._report()
             keeping.cancel()
+        if before and before == len(self.state.ledger):
+            log.warning("nothing_left_to_do", measured=self.budget.proposed, advice=self.settings.how_to_lengthen)
 
     async def _populate(self) -> None:
         """Run round 0: seeds, the uniform baseline, and the Initializer's first population."""

@@ -20,6 +20,7 @@ _MAY_HOLD_SECRETS = ("llm", "redis", "http")
 _PLAIN = {
     "Input should be a valid number, unable to parse string as a number": "it must be a number, such as 0.3",
     "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number, such as 12",
+    "Input should be greater than 0": "it must be more than 0",
     "Input should be a valid tuple": "input should be a list",
 }
 """Messages of Pydantic that are no plain English, and what is said in their place."""

@@ -137,6 +137,13 @@ class SearchSettings(Section):
             )
 
     @property
+    def how_to_lengthen(self) -> str:
+        """Return the setting that ends the search first, and what to do about it."""
+        limit = self.planned == self.max_evaluations
+        name, value = ("max_evaluations", self.max_evaluations) if limit else ("rounds", self.rounds)
+        return f"search.{name} is {value}; a larger number lengthens the search"
+
+    @property
     def planned(self) -> int:
         """Number of candidates to propose in all, if no other limit is reached first."""
         planned = self.population + self.rounds * (self.mutations + self.crossovers)

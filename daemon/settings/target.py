@@ -11,6 +11,9 @@ from protocol.plans.rates import DECIMALS, TargetRate
 from protocol.plans.spec import NAMED_TEXTS, Dtype, TextSpec
 from protocol.runtime.paths import expanded
 
+TOKENS_PER_BYTE = 2
+"""More tokens than this no tokeniser makes of a byte: usually it makes a quarter."""
+
 
 def _five_decimals(rate: float) -> float:
     if round(rate, DECIMALS) != rate:
@@ -62,9 +65,14 @@ def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
     return TextSpec(source=path, windows=windows, seqlen=seqlen)
 
 
-def check_text(source: str) -> None:
-    """Raise DataError for a text file that is not on this machine."""
-    if source not in NAMED_TEXTS and not expanded(source).is_file():
+def check_text(source: str, tokens: int = 0) -> None:
+    """Raise DataError for a text file that is not on this machine, or that cannot have so many `tokens`."""
+    if source in NAMED_TEXTS:
+        return
+    if not expanded(source).is_file():
         near = difflib.get_close_matches(source, NAMED_TEXTS, n=1)
         advice = f"did you mean `{near[0]}`?" if near else f"give a file, or one of {', '.join(NAMED_TEXTS)}"
         raise DataError(f"there is no text file {source!r}; {advice}")
+    size = expanded(source).stat().st_size
+    if size * TOKENS_PER_BYTE < tokens:
+        raise DataError(f"the text {source!r} is too short: its {size:,} bytes are fewer than {tokens:,} tokens have")

@@ -34,6 +34,7 @@ PROFILE = "profile.json"
 BEST = "best.json"
 RULES = "rules.json"
 STATUS_FILE = "status.json"
+LOG = "log.jsonl"
 RETRY_SECONDS = 2.0
 KEPT_RULES = 20
 """Maximum number of rules in rules.json, best first."""

@@ -106,7 +106,7 @@ def keep_libraries_quiet() -> None:
 
 
 def let_segments_grow() -> None:
-    """Let torch extend its segments of GPU memory: each plan has other shapes, which fit few of the holes of the last.
+    """Let torch extend its segments of GPU memory: each plan has other shapes, for which the last one left no room.
 
     Must be called before torch is imported. A user's own choice stays.
     """

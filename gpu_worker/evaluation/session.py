@@ -163,8 +163,10 @@ class Session:
 
 
 def _nearby(predictions: DensePredictions, device: torch.device) -> DensePredictions:
-    """Return the predictions on `device` if they take little of its memory, otherwise unchanged."""
-    return predictions.to(device) if has_room(device, predictions.bytes, SMALL) else predictions
+    """Return the predictions on `device` if they take little of its memory, or else where it can read them."""
+    if has_room(device, predictions.bytes, SMALL):
+        return predictions.to(device)
+    return predictions.pinned() if device.type == "cuda" else predictions
 
 
 def _measuring(what: str, text: Text) -> str:
@@ -206,6 +208,11 @@ class _Windows:
         return mean_divergence(math.fsum(read(self._divergences)), self.tokens)
 
     def fitness(self) -> list[float]:
-        """Return each window's divergence, or loss if that is not measured, in nats per token."""
+        """Return each window's divergence, or loss if that is not measured, in nats per token.
+
+        Raises NotFiniteError if one is not finite.
+        """
         found = read(self._divergences or self._losses)
+        if not all(map(math.isfinite, found)):
+            raise NotFiniteError("the loss of a window is not finite")
         return [round(value / tokens, DECIMALS) for value, tokens in zip(found, self._tokens, strict=True)]

@@ -25,8 +25,8 @@ _SHEETS = {
 }
 """From NVIDIA's data sheets; SXM versions where there are several."""
 GPU_NAMES = tuple(_SHEETS)
-SIDE = 1536
-"""Rows and columns of the measured product, the size of a small model's MLP."""
+SIDES = {"cpu": 1536, "cuda": 8192}
+"""Rows and columns of the measured product: the size of a small model's MLP, and enough to fill a GPU."""
 SECONDS = 0.5
 
 
@@ -66,9 +66,10 @@ def speed_of_this_machine(dtype: str) -> DeviceSpeed:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
-    """Return floating-point operations per second of a product [2 · SIDE, SIDE] x [SIDE, SIDE]."""
-    left, right = (torch.randn(rows, SIDE, device=device).to(dtype) for rows in (2 * SIDE, SIDE))
-    return 4 * SIDE**3 * _per_second(device, lambda: left @ right)
+    """Return floating-point operations per second of a product [2 · side, side] x [side, side]."""
+    side = SIDES[device.type]
+    left, right = (torch.randn(rows, side, device=device).to(dtype) for rows in (2 * side, side))
+    return 4 * side**3 * _per_second(device, lambda: left @ right)
 
 
 def _copies(device: torch.device) -> float:

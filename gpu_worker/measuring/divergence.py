@@ -54,6 +54,10 @@ class DensePredictions:
         """Return the predictions on `device`."""
         return DensePredictions(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
+    def pinned(self) -> "DensePredictions":
+        """Return the predictions in main memory from which a GPU copies without being waited for."""
+        return DensePredictions(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+
     def part(self, rows: slice) -> "DensePredictions":
         """Return views of the predictions of `rows`."""
         return DensePredictions(self.tokens[rows], self.logits[rows], self.log_total[rows], self.log_rest[rows])
@@ -68,14 +72,16 @@ class DensePredictions:
 
     def kept_tokens(self, rows: slice, device: torch.device) -> Tensor:
         """Return the kept tokens of `rows`, as indices [rows, k] on `device`."""
-        return self.tokens[rows].to(device, torch.long)
+        return self.tokens[rows].to(device, non_blocking=True).long()
 
     def log_probabilities(self, rows: slice, device: torch.device) -> Tensor:
         """Return log-probabilities of the kept tokens and, in the last column, of all other tokens together.
 
         The result is fp32 [rows, k + 1] on `device`.
         """
-        logits, total, rest = (kept[rows].to(device) for kept in (self.logits, self.log_total, self.log_rest))
+        logits, total, rest = (
+            kept[rows].to(device, non_blocking=True) for kept in (self.logits, self.log_total, self.log_rest)
+        )
         return torch.cat([logits.float() - total[:, None], rest[:, None]], dim=-1)
 
 

@@ -79,7 +79,10 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
     """
     found = _look_up(name, dtype)
     estimate, machine = _estimated(name, found, dtype, workload)
-    return _loaded(name, found, dtype, place(estimate, machine))
+    placement = place(estimate, machine)
+    if placement.fit_in_main_memory and estimate.with_fit_in_main_memory is not None:
+        log.info("fit_in_main_memory", model=name, needs=estimate.with_fit_in_main_memory.description)
+    return _loaded(name, found, dtype, placement)
 
 
 def load_side_by_side(names: Sequence[str], dtype: str, workload: Workload) -> tuple[LoadedModel, ...]:

@@ -139,6 +139,16 @@ def _tokens(text: TextSpec) -> int:
     return (text.windows or 0) * text.seqlen
 
 
+def _pinned_fit_bytes(shape: ModelShape) -> int:
+    """Return the bytes of all factors and targets in pinned memory, of which torch takes powers of two."""
+    found = 0
+    for layer in shape.layers:
+        for inputs in (layer.query_heads * shape.head_dim, layer.mlp_channels):
+            for columns in (inputs, shape.hidden_size):
+                found += 1 << (inputs * columns * FP32 - 1).bit_length()
+    return found
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Estimated bytes that a model takes; upper bounds if the exact number is not known."""
@@ -236,7 +246,7 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         whole,
         fit_on_device=False,
         reconstruction=_reconstruction_values(shape, one_layer) * FP32,
-        main_memory=whole.main_memory + whole.reconstruction + states,
+        main_memory=whole.main_memory + _pinned_fit_bytes(shape) + states,
     )
     return replace(whole, with_fit_in_main_memory=in_main_memory)
 

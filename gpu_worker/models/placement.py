@@ -56,11 +56,18 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
         if placement is not None:
             return placement
     streamed = estimate.with_fit_in_main_memory
-    if streamed is not None and streamed.main_memory <= machine.main_memory:
-        placement = _on_gpus(streamed, gpus, 0)
-        if placement is not None:
-            return replace(placement, fit_in_main_memory=True)
-    raise too_large(estimate, machine)
+    if streamed is None:
+        raise too_large(estimate, machine)
+    placement = _on_gpus(streamed, gpus, 0)
+    if placement is None:
+        raise too_large(streamed, machine)
+    if streamed.main_memory > machine.main_memory:
+        raise ModelError(
+            f"the matrices of the fit have no room on the GPU, and in main memory they need about "
+            f"{gigabytes(streamed.main_memory)} where {gigabytes(machine.main_memory)} are available; "
+            f"use sequential scoring (of wanda-sp), for which the fit needs far less, or no reconstruction"
+        )
+    return replace(placement, fit_in_main_memory=True)
 
 
 def _on_gpus(estimate: MemoryEstimate, gpus: Sequence[int], copies: int) -> Placement | None:
@@ -81,10 +88,6 @@ def _on_gpus(estimate: MemoryEstimate, gpus: Sequence[int], copies: int) -> Plac
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     """Return the error for a model that fits nowhere."""
     advice = f"{ADVICE}, or no reconstruction" if estimate.reconstruction else ADVICE
-    if estimate.fit == "all layers":
-        advice = advice.replace(
-            "use ", "use sequential scoring (of wanda-sp), for which the fit needs far less, or ", 1
-        )
     if estimate.training_state:
         advice += ", a smaller micro-batch, or LoRA if it is not"
     which = "the model is too large for this machine: it needs"
@@ -119,6 +122,8 @@ def device_map(model: Any, layer: type, placement: Placement) -> dict[str, str |
     by_room = sorted(placement.budget, key=lambda gpu: placement.budget[gpu], reverse=True)
     for count in range(2, len(by_room) + 1):
         used = sorted(by_room[:count])
+        if sum(placement.budget[gpu] for gpu in used) < sizes[""]:
+            continue
         for limit in range(sizes[""] // count, sizes[""] + largest, largest):
             budget = {gpu: min(placement.budget[gpu], limit) for gpu in used}
             found: dict[str, str | int] = accelerate.infer_auto_device_map(

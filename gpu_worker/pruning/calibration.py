@@ -37,7 +37,7 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class LayerProducts:
-    """E[x·xᵀ] over all calibration tokens, for the inputs x of projections that lose columns; fp32, on their device."""
+    """E[x·xᵀ] over all calibration tokens, for the inputs x of projections that lose columns; fp32."""
 
     attention_output: Tensor
     """Input of o_proj, [query heads × head dim] squared."""

@@ -43,7 +43,7 @@ def record_calls(
     return tuple(calls), hidden.last_hidden_state
 
 
-STATES_SHARE = 0.3
+STATES_SHARE = 0.1
 """Share of a GPU's free memory that hidden states may take there. What takes more is kept in main memory."""
 
 
@@ -71,7 +71,8 @@ class LayerRun:
 
     def advance(self, layer: int) -> None:
         """Run decoder layer `layer` over all windows and keep its outputs for the next layer."""
-        self.states = [self._kept(self._run(layer, states)) for states in self.states]
+        for i, states in enumerate(self.states):
+            self.states[i] = self._kept(self._run(layer, states))
 
     def _kept(self, states: Tensor) -> Tensor:
         return states if self._stays else states.cpu()

@@ -89,8 +89,8 @@ class FittedColumns:
 
 
 def _in_main_memory(matrix: Tensor) -> Tensor:
-    """Return a copy of a GPU's `matrix` in main memory, from which it can be copied back fast."""
-    return matrix.cpu().pin_memory() if matrix.is_cuda else matrix
+    """Return a copy of a GPU's `matrix` in main memory, from which its first rows can be copied back fast."""
+    return matrix.contiguous().cpu().pin_memory() if matrix.is_cuda else matrix.contiguous()
 
 
 def damped(products: Tensor) -> Tensor:

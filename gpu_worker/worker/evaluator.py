@@ -18,7 +18,7 @@ from protocol.plans.candidate import OUTCOME, Candidate, Failed, Outcome
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.self_text import SelfTextBoard
-from protocol.runtime.environment import child_environment
+from protocol.runtime.environment import THREADS, child_environment
 
 EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation.process")
 LINE_LIMIT = 32_000_000
@@ -32,9 +32,6 @@ EXIT_STUCK = 3
 KILL_SECONDS = 60.0
 """Seconds to wait until a killed process has ended. Freeing much memory takes a while, and a process in a stuck driver
 never ends."""
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment variables of the evaluation process; a variable that is already set is kept. OpenMP threads must not
-spin, because spinning threads lose most of their time when another program, such as a local LLM, uses the cores."""
 Progress = Callable[[str, int, int], None]
 
 log = structlog.get_logger()

@@ -9,6 +9,11 @@ _SECRET = re.compile(r"(^|_)(api_?keys?|keys?|tokens?|password|passwd|secrets?|c
 _HUB = re.compile(r"(HF|HUGGING_?FACE)_", re.IGNORECASE)
 
 
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment variables of a process that runs a model; one that is already set is kept. OpenMP's threads must not
+spin, because spinning threads lose most of their time when another program, such as a local LLM, uses the cores."""
+
+
 def child_environment(*, loads_models: bool = False, own: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the environment without our settings and secrets.
 

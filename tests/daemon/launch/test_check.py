@@ -38,7 +38,7 @@ def of_llm(report: Report) -> Finding:
 
 def local_settings(folder: Path, *more: str) -> Settings:
     text = folder / "text.txt"
-    text.write_text("a text")
+    text.write_text("a text " * 40_000)
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     data = [f"data.calibration={text}", f"data.fitness={text}", f"target.model={folder / 'model'}"]
@@ -123,7 +123,15 @@ async def test_the_form_that_an_endpoint_takes_is_named(tmp_path: Path) -> None:
 async def test_what_is_missing_is_an_error(tmp_path: Path, needs: Needs, error: str) -> None:
     report = await checked(local_settings(tmp_path), needs)
     assert report.errors == [error]
-    assert (report.cost is None) == (needs.shape is None)
+    assert report.cost is None, "nothing is measured before that is put right"
+
+
+async def test_an_estimate_that_is_asked_for_is_made_in_any_case(tmp_path: Path) -> None:
+    settings = local_settings(tmp_path, "data.fitness_windows=100000")
+    report = await check(settings, lambda: NEEDS, lambda: SPEED, estimates=True)
+    assert report.errors == ["files"] and report.cost is not None and report.device == "a device"
+    (files, *_) = report.findings
+    assert "is too short: its 280,000 bytes are fewer than" in files.says
 
 
 async def test_a_server_that_is_not_there_is_an_error(tmp_path: Path) -> None:

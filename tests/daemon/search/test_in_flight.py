@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from random import Random
 
 import pytest
 from redis.asyncio import Redis
@@ -11,22 +10,23 @@ from agents.llm.endpoint import Answer, Question
 from agents.population.population import Population
 from benchmarks.pipeline.case import Case
 from benchmarks.pipeline.simulate import Simulation
-from daemon.search.in_flight import MOST, InFlight
+from daemon.search.in_flight import InFlight
 from daemon.search.modes import rounds_of
+from protocol.plans.candidate import Failed, Stopped
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
 from tests.support.conducted import Conducted, unevenness
-from tests.support.samples import candidate, measured
+from tests.support.samples import candidates, measured
 from tests.support.schema_answers import SchemaChat
 
 
-def after(seconds: float) -> Population:
+def after(*seconds: float) -> Population:
     """A population whose candidates took this long."""
     population = Population()
-    for i in range(3):
-        one = candidate((0.1 * i,) * 4)
-        population.insert(one, measured(10.0, one).model_copy(update={"seconds": seconds}))
+    for one, took in zip(candidates(len(seconds)), seconds, strict=True):
+        population.insert(one, measured(10.0, one).model_copy(update={"seconds": took}))
+    assert population.outcomes == len(seconds)
     return population
 
 
@@ -38,42 +38,57 @@ async def no_worker() -> int:
     return 0
 
 
+def in_flight(population: Population, *answers: float, fixed: int | None = None, at_once: int = 16) -> InFlight:
+    made = InFlight(fixed, population, workers, at_once)
+    for seconds in answers:
+        made.answered(seconds)
+    return made
+
+
 @pytest.mark.parametrize(
-    ("evaluation", "answers", "limit"),
+    ("answers", "limit"),
     [
-        (7.0, [], 8),  # nothing is known of the LLM
-        (7.0, [0.1], 9),
-        (7.0, [7.0], 12),
-        (7.0, [28.0], 24),
-        (7.0, [28.0, 28.0, 300.0], 24),  # one slow answer does not count
-        (7.0, [1e9], MOST),
-        (0.0, [1.0], MOST),
+        ([], 8),  # nothing is known of the LLM
+        ([0.1], 9),
+        ([7.0], 12),
+        ([14.0], 16),
+        ([14.0, 14.0, 300.0], 16),  # one slow answer does not count
+        ([1e9], 8 + 16),  # more questions would only wait for each other
     ],
 )
-async def test_as_many_are_under_way_as_keep_the_workers_busy(
-    evaluation: float, answers: list[float], limit: int
-) -> None:
-    in_flight = InFlight(None, after(evaluation), workers)
-    for seconds in answers:
-        in_flight.answered(seconds)
-    assert await in_flight.limit() == limit
+async def test_as_many_are_under_way_as_keep_the_workers_busy(answers: list[float], limit: int) -> None:
+    assert await in_flight(after(7.0, 1.0, 7.0, 70.0, 7.0), *answers).limit() == limit
 
 
 async def test_only_the_newest_answers_count() -> None:
-    in_flight = InFlight(None, after(1.0), workers)
-    for seconds in [100.0] * 20 + [1.0] * 8:
-        in_flight.answered(seconds)
-    assert await in_flight.limit() == 12
+    assert await in_flight(after(1.0), *[100.0] * 20, *[1.0] * 8).limit() == 12
+
+
+async def test_candidates_that_lost_their_race_count_with_the_little_time_they_took() -> None:
+    population = after(7.0)
+    made = in_flight(population, 2.0)
+    assert await made.limit() == 10
+    one = candidates(2)[1]
+    figures = measured(10.0, one).model_dump(include={"perplexity", "kl", "parameters", "tokens"})
+    population.insert(one, Stopped(seconds=1.0, behind=0.1, windows=1, of_windows=8, **figures))
+    assert await made.limit() == 10, "the median of 7 and 1 is 4: 4 · 2 / 4 of them are asked for"
+
+
+async def test_the_time_of_an_evaluation_is_remembered_when_the_newest_failed() -> None:
+    population = after(1.0)
+    made = in_flight(population, 2.0)
+    assert await made.limit() == 16
+    for one in candidates(9)[1:]:
+        population.insert(one, Failed(reason="not-finite", detail=""))
+    assert await made.limit() == 16
 
 
 async def test_without_a_worker_that_is_ready_one_is_expected() -> None:
-    assert await InFlight(None, Population(), no_worker).limit() == 2
+    assert await InFlight(None, Population(), no_worker, 4).limit() == 2
 
 
 async def test_a_users_number_stays() -> None:
-    in_flight = InFlight(3, after(1.0), workers)
-    in_flight.answered(100.0)
-    assert await in_flight.limit() == 3
+    assert await in_flight(after(1.0), 100.0, fixed=3).limit() == 3
 
 
 class Slow(SchemaChat):
@@ -105,6 +120,11 @@ async def test_a_search_asks_for_more_if_answers_are_slow(redis: Redis, keys: Ke
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 4.0])
-def test_workers_are_busy_in_a_steady_state_when_an_answer_takes_as_long_as_four_evaluations(ratio: float) -> None:
-    case = Case(workers=8, evaluation=7.0, answer=7.0 * ratio, mode="steady-state", candidates=2000)
-    assert Simulation(case, Random(0).randrange(100)).busy_share > 0.95
+def test_workers_are_busy_in_a_steady_state_if_the_endpoint_answers_enough_at_once(ratio: float) -> None:
+    case = Case(workers=8, evaluation=7.0, answer=7.0 * ratio, mode="steady-state", candidates=5000, at_once=40)
+    assert Simulation(case).busy_share > 0.95
+
+
+def test_an_endpoint_that_answers_too_few_at_once_is_the_limit() -> None:
+    case = Case(workers=8, evaluation=7.0, answer=28.0, mode="steady-state", candidates=2000, at_once=4)
+    assert Simulation(case).busy_share == pytest.approx(4 / 28 / (8 / 7), rel=0.1)

@@ -59,7 +59,8 @@ def test_in_main_memory_the_fit_needs_one_layer_on_the_device_and_all_of_them_th
     assert split is not None and alone.with_fit_in_main_memory is None
     assert split.reconstruction == alone.reconstruction
     states = 32 * 1024 * 4096 * 2
-    assert split.main_memory == whole.main_memory + whole.reconstruction + states
+    pinned = 32 * (2 * 2**26 + 2**29 + 2**28)  # of 4096², 11008² and 11008 x 4096 values; rounded up by torch
+    assert split.main_memory == whole.main_memory + pinned + states
     assert "other matrices of the fit" in split.description
     scored = fitted.model_copy(update={"importance": "obs"})
     assert estimate_of(LLAMA_2_7B, Workload.of(scored)).with_fit_in_main_memory is None

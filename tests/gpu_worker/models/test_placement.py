@@ -57,12 +57,6 @@ def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_i
     )
 
 
-def test_scoring_all_layers_at_once_is_what_to_change_first_if_the_fit_is_too_large() -> None:
-    large = MemoryEstimate(14 * GB, 0, GB, 0, reconstruction=40 * GB, fit="all layers")
-    with pytest.raises(ModelError, match="use sequential scoring"):
-        place(large, machine(48))
-
-
 def test_copies_that_every_plan_needs_must_fit_others_need_not() -> None:
     estimate = MemoryEstimate(14 * GB, pruned_copies=6 * GB, activations=GB, main_memory=0, fitted_copies=3 * GB)
     assert place(estimate, machine(19)) == Placement("cuda:0")
@@ -86,8 +80,10 @@ def test_the_matrices_of_the_fit_go_to_main_memory_where_the_gpu_has_no_room() -
     assert place(estimate, machine(24)) == Placement("cuda:0", fit_in_main_memory=True)
     spread = place(estimate, machine(16, 16))
     assert spread.fit_in_main_memory and set(spread.budget) == {0, 1}
-    with pytest.raises(ModelError, match="sequential scoring"):
-        place(replace(estimate, fit="all layers"), machine(24, main_memory=32))
+    with pytest.raises(ModelError, match=r"need about 42\.0 GB where 32\.0 GB are available; use sequential scoring"):
+        place(estimate, machine(24, main_memory=32))
+    with pytest.raises(ModelError, match=r"2\.0 GB for the matrices of the fit.* or no reconstruction"):
+        place(estimate, machine(16))
 
 
 LONG_TEXTS = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)
