@@ -211,10 +211,13 @@ def folder_of(folder: Path, search: str) -> Path:
 
 
 def _not_running(folder: Path, search: str) -> str:
-    status = saved_status(folder / search)
+    where = f"the search {search!r} in {folder}/ is not running now"
+    try:
+        status = saved_status(folder / search)
+    except UsageError:  # damaged: nothing is known of it
+        return f"{where}: `selfpruner run` with its settings resumes it"
     if status is not None and status.finished:
         return f"the search {search!r} in {folder}/ has finished; a larger search.max_evaluations lengthens it"
-    where = f"the search {search!r} in {folder}/ is not running now"
     if status is None or status.measured == 0:
         where = f"the search {search!r} in {folder}/ has measured no candidate yet, and is not running now"
     return f"{where}: `selfpruner run` with its settings resumes it; if its server is elsewhere, give --redis-url"

@@ -83,7 +83,7 @@ async def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path, asks: b
     async with ScriptedLlm(answer) as llm:
         settings = settings_for(tmp_path, llm, "llm.attempts=1")
     found = of_llm(await check(settings, lambda: NEEDS, lambda: SPEED, asks=asks))
-    assert found.state == "error" and "does not answer" in found.says
+    assert found.state == "error" and "does not answer: nothing listens on 127.0.0.1:" in found.says
 
 
 @pytest.mark.parametrize(

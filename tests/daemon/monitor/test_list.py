@@ -1,7 +1,9 @@
 """The list of all searches, in a folder and on a server."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from redis.asyncio import Redis
 
 from daemon.monitor.remote import chosen_search, statuses
@@ -29,6 +31,31 @@ def test_the_searches_of_a_folder_are_listed_and_the_only_one_is_taken(tmp_path:
     assert one.split() == ["one", "tiny", "30%", "finished", "5", "0.617"] and "cannot be read" in two
     found = cli.answer("list", "--folder", tmp_path)
     assert found["one"]["measured"] == 5 and found["two"] is None
+
+
+def test_of_several_searches_one_must_be_chosen(tmp_path: Path, cli: Cli) -> None:
+    for name in ("one", "two"):
+        keep(tmp_path, name, STATUS.model_dump_json())
+    told = cli.error("status", "--folder", tmp_path)
+    assert f"there are 2 searches in {tmp_path}/; choose with --search: one, two" in told
+    keep(tmp_path, "default", STATUS.model_dump_json())
+    assert chosen_search(None, None, tmp_path) == "default"
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ({"measured": 0, "finished": False}, "has measured no candidate yet, and is not running now: `selfpruner run`"),
+        ({"measured": 3, "finished": False}, "is not running now: `selfpruner run` with its settings resumes it"),
+        ({"measured": 3, "finished": True}, "has finished; a larger search.max_evaluations lengthens it"),
+        (None, "is not running now: `selfpruner run` with its settings resumes it"),
+    ],
+)
+def test_why_a_search_cannot_be_told_anything_is_said(
+    tmp_path: Path, cli: Cli, status: dict[str, Any] | None, says: str
+) -> None:
+    keep(tmp_path, "one", "{}" if status is None else STATUS.model_copy(update=status).model_dump_json())
+    assert f"the search 'one' in {tmp_path}/ {says}" in cli.error("pause", "--folder", tmp_path)
 
 
 async def test_the_searches_of_a_server_are_listed(redis: Redis, server: Server, tmp_path: Path) -> None:
