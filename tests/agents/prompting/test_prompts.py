@@ -16,6 +16,7 @@ from agents.initializer import Initializer
 from agents.llm.endpoint import Answer, Question
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Tried, View
+from agents.prompting.descriptions import about_model
 from agents.prompting.prompts import fill
 from agents.prompting.settings import AgentSettings, FeedbackPart, ReplyFormat
 from agents.selector import Selector
@@ -185,3 +186,19 @@ def view_with_history() -> View:
 def test_a_missing_or_unused_variable_is_an_error(prompt: str, variables: dict[str, object], named: str) -> None:
     with pytest.raises(TypeError, match=named):
         fill(prompt, **variables)
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("/home/me/secret project/My-8B", "My-8B"),
+        ("~/models/My-8B.gguf", "My-8B.gguf"),
+        ("./My-8B/", "My-8B"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("smollm2", "smollm2"),
+    ],
+)
+def test_a_prompt_names_the_model_without_the_folders_of_this_machine(model: str, shown: str) -> None:
+    view = view_of("block")
+    view = replace(view, profile=view.profile.model_copy(update={"model": model}))
+    assert about_model(view, ()).model == shown
