@@ -9,6 +9,7 @@ from statistics import median
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from agents.llm.endpoint import Answer, Question
 from daemon.search.modes import rounds_of
@@ -115,3 +116,18 @@ async def test_an_error_in_a_turn_ends_the_search_and_leaves_no_task(redis: Redi
         with pytest.raises(ExceptionGroup):
             await conducted.run()
         assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize(("limits", "name"), [({"max_evaluations": 8}, "max_evaluations"), ({"rounds": 1}, "rounds")])
+async def test_a_finished_search_that_is_started_again_says_which_setting_lengthens_it(
+    redis: Redis, keys: Keys, tmp_path: Path, limits: dict[str, int], name: str
+) -> None:
+    chosen = settings(population=4, mutations=2, crossovers=2, **({"rounds": 10} | limits))
+    with capture_logs() as logs:
+        first = await Conducted(redis, keys, tmp_path, settings=chosen).searched()
+    assert "nothing_left_to_do" not in [line["event"] for line in logs]
+    with capture_logs() as logs:
+        second = await Conducted(redis, keys, tmp_path, settings=chosen).searched()
+    (line,) = [line for line in logs if line["event"] == "nothing_left_to_do"]
+    assert line["advice"] == f"search.{name} is {limits[name]}; a larger number lengthens the search"
+    assert line["measured"] == first.budget.proposed == second.budget.proposed
