@@ -43,7 +43,6 @@ from protocol.queue.connection import connect
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
-from protocol.queue.worker_status import WORKING
 
 if TYPE_CHECKING:
     from agents.llm.chat import Chat
@@ -226,7 +225,7 @@ class Launch:
         return search
 
     async def _count_workers(self) -> int:
-        return sum(worker.stage in WORKING for worker in await self._store.workers())
+        return sum(worker.is_ready for worker in await self._store.workers())
 
     async def _wait_for_llm(self, chat: "Chat", *, is_new: bool) -> None:
         if self._settings.search.asks_llm:

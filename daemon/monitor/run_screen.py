@@ -93,7 +93,7 @@ class Display:
         for consumer, status in statuses.items():
             if consumer not in self._workers:
                 self._workers[consumer] = self._progress.add_task("", total=None)
-            busy = status.stage not in ("idle", "evaluating") and status.total > 0
+            busy = status.total > 0 and not status.is_ready
             if busy != (consumer in self._busy):
                 # Replace Rich's task, because its total cannot be removed, and its clock stops when it is complete.
                 self._progress.remove_task(self._workers[consumer])

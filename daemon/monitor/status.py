@@ -142,7 +142,7 @@ class Status(_Value):
     def preparing(self) -> WorkerStatus | None:
         """A worker that prepares the model, if none is ready to measure; otherwise None."""
         usable = [worker for worker in self.workers if worker.stage != "unusable"]
-        is_ready = any(worker.stage in ("idle", "evaluating") for worker in usable)
+        is_ready = any(worker.is_ready for worker in usable)
         return usable[0] if usable and not is_ready else None
 
     @property

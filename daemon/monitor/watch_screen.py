@@ -189,7 +189,7 @@ def _workers(status: Status, most: int | None = None) -> Table:
     for column in ("worker", "doing", "measured"):
         table.add_column(column, justify="right" if column == "measured" else "left")
     for worker in shown:
-        share = f" {worker.done}/{worker.total}" if worker.total and worker.stage not in ("idle", "evaluating") else ""
+        share = f" {worker.done}/{worker.total}" if worker.total and not worker.is_ready else ""
         doing = plain(f"{worker.stage}{share} {worker.detail}".strip())
         table.add_row(plain(worker.consumer), doing, str(worker.measured))
     return table

@@ -8,9 +8,6 @@ from redis.asyncio import Redis
 
 from protocol.queue.keys import Keys
 
-WORKING = ("idle", "evaluating")
-"""The stages of a worker that measures candidates."""
-
 
 class WorkerStatus(BaseModel):
     """The status that a worker sends with each heartbeat. `consumer` is part of the key, not of the value."""
@@ -30,6 +27,11 @@ class WorkerStatus(BaseModel):
     ready_seconds: float = 0.0
     """How long ago its model was ready for the first time; busy_seconds is a part of this."""
     detail: str = ""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker measures candidates, or would if there were any."""
+        return self.stage in ("idle", "evaluating")
 
     def to_json(self) -> str:
         """Return the value of the worker's key."""

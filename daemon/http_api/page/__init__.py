@@ -140,9 +140,7 @@ def seconds_left(record: SearchRecord, planned: int) -> float | None:
     None if that is not known.
     """
     recent = [e.outcome.seconds for e in record.population.newest(RECENT) if isinstance(e.outcome, Measured)]
-    workers = [
-        each for each in (record.status.workers if record.status else ()) if each.stage in ("idle", "evaluating")
-    ]
+    workers = [each for each in (record.status.workers if record.status else ()) if each.is_ready]
     if not recent or not workers:
         return None
     left = max(0, planned - len(record.proposals))
