@@ -17,8 +17,8 @@ FILES = {
 ENDPOINT = "llm.endpoints=[{%s}]"
 SETTINGS = [
     ("target.rate=30", "it is a share: write 0.3 for 30 %"),
-    ("target.rate=0", "greater than 0"),
-    ("target.rate=-0.3", "greater than 0"),
+    ("target.rate=0", "more than 0"),
+    ("target.rate=-0.3", "more than 0"),
     ("target.rate=0.95", "less than or equal to 0.9"),
     ("target.rate=0.3333333", "at most 5 decimals"),
     ("target.rate=thirty", "target.rate cannot be 'thirty'"),
@@ -29,7 +29,7 @@ SETTINGS = [
     ("target.dtype=fp16", "'bfloat16', 'float32' or 'float16'"),
     ("target.mode=smollm2", "did you mean 'target.model'?"),
     ("target.rate", "--set takes key=value"),
-    ("search.population=0", "greater than 0"),
+    ("search.population=0", "more than 0"),
     ("search.population=ten", "search.population cannot be 'ten'"),
     ("search.rounds=-1", "greater than or equal to 0"),
     ("search.max_evaluations=3", "is smaller than the first population (4): raise it"),
@@ -41,7 +41,7 @@ SETTINGS = [
     ("data.fitness=nowhere.txt", "there is no text file 'nowhere.txt'"),
     ("data.calibration=wikitext", "did you mean `wikitext2`?"),
     ("data.seqlen=4", "greater than or equal to 16"),
-    ("data.fitness_windows=0", "greater than 0"),
+    ("data.fitness_windows=0", "more than 0"),
     ("llm.reply=json", "'lists', 'edits', 'moves' or 'rules'"),
     (ENDPOINT % "url: 'http://127.0.0.1:8000/v1', model: m", "did you mean 'llm.endpoints.0.base_url'?"),
     (ENDPOINT % "base_url: '127.0.0.1:8000', model: m", "it is not a URL such as http://127.0.0.1:8000/v1"),

@@ -47,7 +47,7 @@ def test_a_search_that_can_run_is_estimated(cli: Cli, settings: dict[str, Any], 
 def test_texts_that_are_too_short_are_refused_with_the_table(
     cli: Cli, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings["data"]["fitness_windows"] = 5000
+    settings["data"]["fitness_windows"] = 200  # more than its bytes can have, if not than twice as many
     code, table, err = cli.run("check", written(settings, tmp_path), "--no-ask")
     assert code == 2 and "is too short" in table
     assert err.splitlines()[-1].endswith("put this right before the search: texts")
