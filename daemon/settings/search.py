@@ -1,6 +1,6 @@
 """Settings of the search itself."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -13,6 +13,7 @@ from protocol.plans.shape import Granularity
 from protocol.plans.spec import Importance, Measure, Reconstruction, Scoring
 from protocol.queue.keys import check_search_name
 
+ROLES = ("initializer", "selector", "mutator", "crossover")
 ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
 
 
@@ -62,7 +63,8 @@ class SearchSettings(Section):
     rules.json of another search."""
     proposer: ProposerName = "llm"
     """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without
-    feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
+    feedback), `random`, `evolution` (EvoPress) or `cma-es`. For those, search.initializer, selector, mutator and
+    crossover do not count."""
     initializer: Literal["llm", "random", "plans", "rules"] = "llm"
     """What makes the first population if search.proposer is `llm`: the LLM, `random` profiles, `plans` near the
     allocation `rule`, or random `rules`."""
@@ -118,10 +120,15 @@ class SearchSettings(Section):
                 raise ValueError("the proposer `cma-es` learns from generations: search.mode cannot be `steady-state`")
             if self.mutations + self.crossovers == 0:
                 raise ValueError("search.mode `steady-state` needs search.mutations or search.crossovers")
-        for agent in ("initializer", "selector", "mutator", "crossover"):
-            if self.proposer != "llm" and getattr(self, agent) != "llm":
-                raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_roles(cls, given: Any) -> Any:
+        """Leave out the agents of the proposer `llm` for other proposers, so that one setting compares methods."""
+        if isinstance(given, dict) and given.get("proposer", "llm") != "llm":
+            return {name: value for name, value in given.items() if name not in ROLES}
+        return given
 
     @property
     def seed_allocations(self) -> tuple[Allocation, ...]:

@@ -304,7 +304,6 @@ def test_the_shares_of_attention_levels_are_those_levels() -> None:
         ),
         ({"mode": "steady-state", "proposer": "cma-es"}, "`cma-es` learns from generations"),
         ({"mode": "steady-state", "mutations": 0, "crossovers": 0}, "needs search.mutations or search.crossovers"),
-        ({"proposer": "random", "mutator": "classical"}, "search.mutator is for the proposer `llm`, not for 'random'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong: dict[str, Any], says: str) -> None:

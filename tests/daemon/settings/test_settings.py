@@ -13,6 +13,7 @@ from daemon.settings.service import RunSettings
 from daemon.settings.settings import setting_names
 from daemon.settings.sources import load
 from protocol.errors import SettingsError
+from tests.support.root import ROOT
 
 MINIMAL = "target: {model: smollm2, rate: 0.3}\n"
 
@@ -80,7 +81,6 @@ def test_defaults_are_the_papers() -> None:
             "search.max_evaluations=5",
             r"^search.max_evaluations \(5\) is smaller than the first population \(30\): raise it",
         ),
-        ("search={proposer: random, mutator: ranked}", "^search.mutator is for the proposer `llm`, not for 'random'$"),
         ("search.seeds=8", "^search.seeds cannot be '8': input should be a list$"),
         ("llm.endpoints=[{base_ulr: 'http://h/v1', model: m}]", "^there is no setting 'llm.endpoints.0.base_ulr'"),
         ("search.mutations={a: 1}", r"^search.mutations cannot be \"\{'a': 1\}\""),
@@ -327,3 +327,11 @@ def test_relative_paths_of_texts_become_absolute_and_named_texts_stay(config: Pa
     assert spec.fitness.source == str(Path("texts/a.txt").absolute())
     assert spec.calibration.source == "self"
     assert spec.report is None
+
+
+@pytest.mark.parametrize("proposer", ["evolution", "random", "cma-es", "best-of-n"])
+def test_the_agents_of_an_llm_do_not_count_for_other_proposers(proposer: str) -> None:
+    for config in ("quickstart", "best", "openai"):
+        chosen = load(ROOT / "configs" / f"{config}.yaml", [f"search.proposer={proposer}"]).search
+        assert (chosen.initializer, chosen.selector, chosen.mutator, chosen.crossover) == ("llm",) * 4
+        assert chosen.asks_llm == (proposer == "best-of-n")
