@@ -20,6 +20,6 @@ def plot(found: dict[str, Any], file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds per candidate of {found['windows']} × {found['seqlen']} tokens")
     axes.set_title(f"{found['model']}, {found['device']}", loc="left", fontsize="medium")
-    axes.legend(loc="lower right", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)
