@@ -3,9 +3,9 @@
     python -m benchmarks.pipeline [--json FILE] [--plot FILE.png]
 
 First, searches of a minute are measured: daemon, queue and server are real, answers and evaluations only take their
-time. Each is simulated too, and the largest difference is printed. Then the simulation alone goes on to what nobody has
-at home: evaluations of 7 seconds (a 7B model on an H100) and 70 seconds (70B), 1 to 64 workers, answers of 0.1 to 60
-seconds. In the steady state, the number of candidates under way is the one that the daemon chooses by itself.
+time. Each is simulated too, and the largest difference is printed. Larger ones are only simulated: evaluations of 7
+seconds (a 7B model on an H100) and 70 seconds (70B), 1 to 64 workers, answers of 0.1 to 60 seconds. In the steady
+state, the number of candidates under way is the one that the daemon chooses by itself.
 """
 
 import argparse

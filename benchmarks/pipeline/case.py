@@ -32,6 +32,6 @@ class Case:
         return replace(self, mode="steady-state")
 
 
-def varied(seconds: float, dice: Random) -> float:
+def varied(seconds: float, rng: Random) -> float:
     """Return a time near `seconds`."""
-    return seconds * dice.uniform(1 - VARIATION, 1 + VARIATION)
+    return seconds * rng.uniform(1 - VARIATION, 1 + VARIATION)

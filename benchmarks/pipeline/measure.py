@@ -25,12 +25,12 @@ class SlowChat(SchemaChat):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self._seconds, self._dice, self._slots = case.answer, Random(0), asyncio.Semaphore(case.at_once)
+        self._seconds, self._rng, self._slots = case.answer, Random(0), asyncio.Semaphore(case.at_once)
 
     async def ask(self, question: Question) -> Answer:
         """Answer as the question's schema says."""
         async with self._slots:
-            await asyncio.sleep(varied(self._seconds, self._dice))
+            await asyncio.sleep(varied(self._seconds, self._rng))
         return await super().ask(question)
 
 
@@ -38,7 +38,7 @@ class Workers:
     """Workers that sleep instead of measuring; `measuring` is for how long."""
 
     def __init__(self, url: str, case: Case, keys: Keys) -> None:
-        self._url, self._case, self._keys, self._dice = url, case, keys, Random(1)
+        self._url, self._case, self._keys, self._rng = url, case, keys, Random(1)
         self.measuring = 0.0
 
     async def work(self, number: int) -> None:
@@ -46,7 +46,7 @@ class Workers:
         jobs = JobQueue(connect(self._url), self._keys, f"w{number}", lease_seconds=600)
         while True:
             if job := await jobs.claim():
-                seconds = varied(self._case.evaluation, self._dice)
+                seconds = varied(self._case.evaluation, self._rng)
                 await asyncio.sleep(seconds)
                 self.measuring += seconds
                 outcome = unevenness(job.candidate).model_copy(update={"seconds": seconds})

@@ -16,7 +16,7 @@ class Simulation:
     """One search. `busy_share` is the share of their time in which the workers measure."""
 
     def __init__(self, case: Case, seed: int = 0) -> None:
-        self.case, self._dice = case, Random(seed)
+        self.case, self._rng = case, Random(seed)
         self._env = simpy.Environment()
         self._queue: simpy.Store = simpy.Store(self._env)
         self._slots = simpy.Resource(self._env, case.at_once)
@@ -39,7 +39,7 @@ class Simulation:
     def _work(self) -> Steps:
         while True:
             yield self._queue.get()
-            seconds = varied(self.case.evaluation, self._dice)
+            seconds = varied(self.case.evaluation, self._rng)
             yield self._env.timeout(seconds)
             self.measuring += seconds
             self._measured += 1
@@ -52,7 +52,7 @@ class Simulation:
     def _answered(self) -> Steps:
         with self._slots.request() as slot:
             yield slot
-            yield self._env.timeout(varied(self.case.answer, self._dice))
+            yield self._env.timeout(varied(self.case.answer, self._rng))
 
     def _search(self) -> Steps:
         yield from self._asked_together(self.case.population)
@@ -75,8 +75,8 @@ class Simulation:
         self._issued += 1
         self._queue.put(self._issued)
 
-    def _until(self, enough: Any) -> Steps:
-        while not enough():
+    def _until(self, reached: Any) -> Steps:
+        while not reached():
             yield self._outcome
 
     def _steady_state(self) -> Steps:

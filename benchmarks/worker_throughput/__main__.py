@@ -220,10 +220,10 @@ def _tokens(model: LoadedModel) -> Callable[[int, int, Callable[[], Tensor]], Te
 
 def _plans(session: Session, rate: float, count: int) -> list[Plan]:
     """Return different plans at `rate`, a third around it in each block; the first is not timed."""
-    dice = Random(0)
+    rng = Random(0)
     spec = session.spec.model_copy(update={"rate": max(rate, 0.001)})
     units = len(session.shape.units("block"))
-    rates = [[rate * dice.uniform(0.67, 1.33) for _ in range(units)] for _ in range(count + 1)]
+    rates = [[rate * rng.uniform(0.67, 1.33) for _ in range(units)] for _ in range(count + 1)]
     return [spec.plan(spec.feasible(each, session.shape), session.shape) for each in rates]
 
 

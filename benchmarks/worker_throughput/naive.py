@@ -6,7 +6,6 @@ import math
 import torch
 from torch import Tensor
 
-from gpu_worker.models.families import extract_decoder
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import wanda_sp
@@ -16,8 +15,7 @@ from protocol.plans.plan import Plan
 
 def naive_perplexity(model: LoadedModel, plan: Plan, calibration: Tensor, windows: Tensor) -> float:
     """Return the perplexity of `windows` (long, [n, seqlen]) with `plan`. `model` must be dense, and stays so."""
-    pruned = copy.deepcopy(model.causal_lm)
-    decoder = extract_decoder(pruned)
+    pruned, decoder = copy.deepcopy((model.causal_lm, model.decoder))
     layers = zip(decoder.layers, calibrate(decoder, calibration), decoder.shape.layers, strict=True)
     OrderedModel(decoder, [wanda_sp(layer, seen, shape) for layer, seen, shape in layers]).apply(plan)
     with torch.inference_mode():

@@ -67,7 +67,8 @@ class Search:
             await self._report()
             keeping.cancel()
         if before and before == len(self.state.ledger):
-            log.warning("nothing_left_to_do", measured=self.budget.proposed, advice=self.settings.how_to_lengthen)
+            proposed = self.budget.proposed
+            log.warning("nothing_left_to_do", measured=proposed, advice=self.settings.how_to_lengthen(proposed))
 
     async def _populate(self) -> None:
         """Run round 0: seeds, the uniform baseline, and the Initializer's first population."""

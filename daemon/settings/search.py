@@ -143,12 +143,12 @@ class SearchSettings(Section):
                 f"({self.population} x {tokens:,}): raise it, or lower search.population"
             )
 
-    @property
-    def how_to_lengthen(self) -> str:
-        """Return the setting that ends the search first, and what to do about it."""
-        limit = self.planned == self.max_evaluations
-        name, value = ("max_evaluations", self.max_evaluations) if limit else ("rounds", self.rounds)
-        return f"search.{name} is {value}; a larger number lengthens the search"
+    def how_to_lengthen(self, proposed: int) -> str:
+        """Return which setting ended a search after this many proposed candidates, and what to do about it."""
+        name = "max_evaluations" if self.planned == self.max_evaluations else "rounds"
+        if proposed < self.planned:
+            name = next((each for each in ("max_tokens", "budget_hours") if getattr(self, each) is not None), name)
+        return f"search.{name} is {getattr(self, name)}; a larger number lengthens the search"
 
     @property
     def planned(self) -> int:

@@ -75,4 +75,4 @@ def check_text(source: str, tokens: int = 0) -> None:
         raise DataError(f"there is no text file {source!r}; {advice}")
     size = expanded(source).stat().st_size
     if size * TOKENS_PER_BYTE < tokens:
-        raise DataError(f"the text {source!r} is too short: its {size:,} bytes are fewer than {tokens:,} tokens have")
+        raise DataError(f"the text {source!r} is too short: {size:,} bytes cannot give {tokens:,} tokens")

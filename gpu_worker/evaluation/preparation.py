@@ -149,7 +149,7 @@ def remembered_dense(key: Key, about: str, windows: Tensor, measure: Callable[[]
         about=about,
         write=_save_dense,
         read=_load_dense,
-        size=lambda found: 0 if found[1] is None else sum(t.nbytes for t in vars(found[1]).values()),
+        size=lambda found: 0 if found[1] is None else found[1].bytes,
     )
 
 

@@ -131,7 +131,7 @@ async def test_an_estimate_that_is_asked_for_is_made_in_any_case(tmp_path: Path)
     report = await check(settings, lambda: NEEDS, lambda: SPEED, estimates=True)
     assert report.errors == ["files"] and report.cost is not None and report.device == "a device"
     (files, *_) = report.findings
-    assert "is too short: its 280,000 bytes are fewer than" in files.says
+    assert "is too short: 280,000 bytes cannot give" in files.says
 
 
 async def test_a_server_that_is_not_there_is_an_error(tmp_path: Path) -> None:

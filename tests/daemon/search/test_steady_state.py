@@ -131,3 +131,11 @@ async def test_a_finished_search_that_is_started_again_says_which_setting_length
     (line,) = [line for line in logs if line["event"] == "nothing_left_to_do"]
     assert line["advice"] == f"search.{name} is {limits[name]}; a larger number lengthens the search"
     assert line["measured"] == first.budget.proposed == second.budget.proposed
+
+
+def test_the_limit_that_ended_a_search_is_the_one_to_raise() -> None:
+    chosen = settings(population=4, mutations=2, crossovers=2, rounds=10, max_evaluations=20)
+    timed = chosen.model_copy(update={"budget_hours": 2.0})
+    assert chosen.how_to_lengthen(20).startswith("search.max_evaluations is 20;")
+    assert timed.how_to_lengthen(20).startswith("search.max_evaluations is 20;")
+    assert timed.how_to_lengthen(12).startswith("search.budget_hours is 2.0;")

@@ -14,8 +14,8 @@ WINDOWS = tiny_windows(2, 150)
 
 
 def heads(dtype: torch.dtype, *, seqlen: int = 150, kv: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dice = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, n, seqlen, 16, generator=dice).to(dtype) for n in (6, kv, kv))  # type: ignore[return-value]
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, n, seqlen, 16, generator=generator).to(dtype) for n in (6, kv, kv))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
