@@ -2,11 +2,14 @@
 
 import asyncio
 import errno
+import json
 import time
+from contextlib import suppress
 from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
@@ -19,6 +22,8 @@ SILENT_SECONDS = 15.0
 """A connection that has not sent a complete request head within this time is closed."""
 UNREAD_SECONDS = 30.0
 """A client that reads nothing of its reply for this long is disconnected. Data in kernel buffers counts as read."""
+REFUSED_SECONDS = 1.0
+"""A client that is refused may go on sending for this long. Closed at once, it would lose our answer to a reset."""
 SHUTDOWN_SECONDS = 0.3
 LOG_SECONDS = 20.0
 """The log gets at most one line about malformed requests in this time."""
@@ -45,6 +50,25 @@ class _Malformed:
             self._unlogged, self._logged_at = 0, now
 
 
+class _Refused(web.Response):
+    """An answer to a client that may still be sending: it is read and ignored until it closes the connection."""
+
+    _transport: asyncio.Transport | None = None
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Keep the connection, which the base class hides."""
+        self._transport = request.transport
+        return await super().prepare(request)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Send the answer and its end, then wait for the client's end for at most REFUSED_SECONDS."""
+        await super().write_eof(data)
+        if self._transport is not None and not self._transport.is_closing():
+            with suppress(OSError):  # the client is gone already
+                self._transport.write_eof()
+                await asyncio.sleep(REFUSED_SECONDS)  # cancelled when the connection is lost
+
+
 class _Connection(RequestHandler):
     """A connection whose client may send anything and read nothing."""
 
@@ -67,9 +91,10 @@ class _Connection(RequestHandler):
         self._malformed.count(request.remote, exc)
         if request.writer.output_size > 0:
             raise ConnectionError("a part of the answer is sent already")
-        response = web.json_response({"error": "this is not a valid HTTP request"}, status=400)
+        text = json.dumps({"error": "this is not a valid HTTP request"})
+        response = _Refused(text=text, status=400, content_type="application/json")
         add_headers(response)
-        response.force_close()
+        self.close()  # what comes now is not parsed, but ignored
         return response
 
     def log_exception(self, *args: Any, **kw: Any) -> None:

@@ -72,6 +72,18 @@ async def test_a_malformed_request_is_refused_in_one_sentence(
     assert await is_alive(ask)
 
 
+async def test_a_client_that_still_sends_when_it_is_refused_gets_the_answer(ask: Asked) -> None:
+    """Closing a socket with unread bytes resets the connection, and the client's kernel then drops our answer."""
+    address = urlsplit(ask.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    request = get(b"/livez?" + b"a" * 400_000)
+    for start in range(0, len(request), 40_000):
+        writer.write(request[start : start + 40_000])
+        await asyncio.sleep(0.02)
+    assert (await asyncio.wait_for(reader.read(), 10)).split()[1] == b"400"
+    writer.close()
+
+
 @pytest.mark.parametrize("encoding", [b"gzip", b"deflate"])
 async def test_a_body_that_cannot_be_decoded_is_the_clients_error(ask: Asked, encoding: bytes) -> None:
     request = post(b"Content-Encoding: " + encoding + b"\r\nContent-Length: 9\r\n", b"not gzip!")
