@@ -16,11 +16,16 @@ from protocol.runtime import logs
 def main() -> int:
     """Parse the arguments, run the worker and return the exit code: 2 for invalid input, 1 for other errors."""
     flags = vars(_parser().parse_args())
-    log_file, quiet = flags.pop("log_file"), flags.pop("quiet")
+    log_file, quiet, in_run = (flags.pop(name) for name in ("log_file", "quiet", "in_run"))
     try:
         options = worker_options(**flags)
         _configure_logs(log_file, console=not quiet, secrets=password_of(options.redis_url))
-        asyncio.run(run_worker(options))
+        try:
+            asyncio.run(run_worker(options))
+        except UsageError:
+            if in_run:
+                return 2  # the worker has published the error as its status, and `selfpruner run` shows it
+            raise
     except SelfPrunerError as error:
         print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence that the user reads)
         return 2 if isinstance(error, UsageError) else 1
@@ -43,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--idle-seconds", type=float, help="exit after this time without a candidate")
     parser.add_argument("--alive-file", type=Path, help="a file to touch every few seconds, for liveness probes")
     parser.add_argument("--spec", help="evaluate only the spec with this fingerprint, and wait until it is published")
+    parser.add_argument("--in-run", action="store_true", help="started by `selfpruner run`, which reports its errors")
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--quiet", action="store_true", help="write no log to the console")
     return parser

@@ -1,9 +1,10 @@
 """Chat: asks the endpoints in order, within the budget, and reports their state."""
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Self
 
 import structlog
@@ -11,7 +12,7 @@ import structlog
 from agents.llm.client import RequestFailed
 from agents.llm.connection import Connection, Gate
 from agents.llm.dialect import Rung
-from agents.llm.endpoint import Answer, Degraded, Endpoint, LlmState, Question, Usage
+from agents.llm.endpoint import Answer, Awaited, Degraded, Endpoint, LlmState, Question, Usage
 from agents.llm.policy import BudgetUsedUp, ChatPolicy, Spent
 from agents.llm.readiness import Readiness
 from protocol.errors import EndpointError
@@ -51,6 +52,9 @@ class Chat:
         self._record = record
         self._spent_before = spent or Spent()
         self._stack = AsyncExitStack()
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
+        self._awaited: Awaited | None = None
         self._degraded: Degraded | None = None
         self._reason: str | None = None
 
@@ -89,13 +93,20 @@ class Chat:
 
     @property
     def state(self) -> LlmState:
-        """Whether the fallback proposes, and the state of each endpoint."""
+        """Whether the fallback proposes, what is waited for, and the state of each endpoint."""
         return LlmState(
-            degraded=self._degraded, reason=self._reason, endpoints=tuple(c.state for c in self._connections)
+            awaited=self._awaited,
+            degraded=self._degraded,
+            reason=self._reason,
+            endpoints=tuple(c.state for c in self._connections),
         )
 
     async def ask(self, question: Question) -> Answer:
-        """Return the answer of the first endpoint that answers; raise EndpointError if no endpoint does."""
+        """Return the answer of the first endpoint that answers; raise EndpointError if no endpoint does.
+
+        While `wait_ready` waits, the question waits too.
+        """
+        await self._may_ask.wait()
         try:
             self._permit()
             return await self._ask_in_order(question)
@@ -117,9 +128,21 @@ class Chat:
         SettingsError if an endpoint refuses our key or does not know our model. With `refuse` False, such an endpoint
         rests instead, as it would after a refusal during the search.
         """
-        if self._policy.used_up(self.spent) is None:
-            readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
-            await readiness.wait(waiting, at_most=at_most, refuse=refuse)
+        if self._policy.used_up(self.spent) is not None:
+            return
+        until = None if at_most is None else datetime.now(UTC) + timedelta(seconds=at_most)
+
+        def note(names: str, why: str) -> None:
+            self._awaited = Awaited(reason=f"{names}: {why}", until=until)
+            waiting(names, why)
+
+        readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
+        self._may_ask.clear()
+        try:
+            await readiness.wait(note, at_most=at_most, refuse=refuse)
+        finally:
+            self._awaited = None
+            self._may_ask.set()
 
     async def _ask_in_order(self, question: Question) -> Answer:
         failures: list[str] = []

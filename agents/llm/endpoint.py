@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, SecretStr
@@ -108,8 +109,20 @@ class EndpointState(_Value):
     """The last failure, if the state is not `closed`."""
 
 
+class Awaited(_Value):
+    """The endpoints that a search waits for at its start."""
+
+    reason: str
+    """Which they are, and why they do not answer."""
+    until: datetime | None
+    """When the search begins without an LLM, in UTC; None if it waits for ever."""
+
+
 class LlmState(_Value):
     """The states of all endpoints, in their order, and whether the fallback proposes."""
+
+    awaited: Awaited | None = None
+    """What questions wait for; None if an endpoint has answered, or none of them is waited for."""
 
     degraded: Degraded | None = None
     reason: str | None = None

@@ -96,7 +96,7 @@ class TextFlags:
         None
     )
     calibration_data: Annotated[str | None, typer.Option(help="Text to score on; --data by default.")] = None
-    report_data: Annotated[str | None, typer.Option(help="Second text to measure on.")] = None
+    report_data: Annotated[str | None, typer.Option(help="Second text to measure on, such as a held-out one.")] = None
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data; all by default.")] = None
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows of --calibration-data.")] = 32
     report_windows: Annotated[int | None, typer.Option(min=1, help="Windows of --report-data; all by default.")] = None

@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from daemon.commands import flags
 from daemon.settings.errors import validation_sentence
 from daemon.settings.settings import Settings, setting_names
-from daemon.settings.target import check_text
+from daemon.settings.target import TargetSettings, check_lengths, check_text
 from protocol.errors import SettingsError, UsageError
 from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import SMOLLM2, check_model, expanded
 
+USUAL_RATE = 0.3
 EndpointName = Literal["none", "openai", "vllm", "ollama", "lm-studio", "llama.cpp", "other"]
 
 
@@ -90,7 +91,9 @@ KINDS: dict[EndpointName, EndpointKind] = {
 def init(
     file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("selfpruner.yaml"),
     model: Annotated[str | None, typer.Option(help="The model to prune: a hub name, a folder, or `smollm2`.")] = None,
-    rate: Annotated[float, typer.Option(help="The share of the decoder's parameters to remove.")] = 0.3,
+    rate: Annotated[
+        float | None, typer.Option(help="The share of the decoder's parameters to remove; 0.3 by default.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Text to score and search on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = None,
@@ -104,7 +107,7 @@ def init(
         str | None, typer.Option(help="Text of the final figures; by default that of --data.")
     ] = None,
 ) -> None:
-    """Write a commented file of settings. On a terminal, it asks for the model, the text and the endpoint."""
+    """Write a commented file of settings. On a terminal, it asks for the model, the rate, the text and the endpoint."""
     path = expanded(file)
     if path.exists():
         raise SettingsError(f"{str(file)!r} exists; name another file")
@@ -118,6 +121,9 @@ def init(
     if model is None:
         model = _asked("Model to prune (hub name, folder, or smollm2)", SMOLLM2, check_model) if asks else SMOLLM2
     check_model(model)
+    if rate is None:
+        share = "Share of the decoder's parameters to remove"
+        rate = float(_asked(share, str(USUAL_RATE), _check_rate)) if asks else USUAL_RATE
     if data is None:
         usual = "self" if model == SMOLLM2 else "wikitext2"
         data = _asked("Text to search on (wikitext2, c4, self, or a file)", usual, check_text) if asks else usual
@@ -137,16 +143,18 @@ def init(
         question = "File with its key (empty: it needs none)"
         api_key_file = _asked(question, "", _check_key_file, show_default=False) or None
     if endpoint == "other" and not (base_url and llm_model):
-        raise SettingsError("--endpoint other needs --base-url and --llm-model")
+        missing = [flag for flag, value in (("--base-url", base_url), ("--llm-model", llm_model)) if not value]
+        raise SettingsError(f"an endpoint of your own needs {' and '.join(missing)}")
     given = (str(file), model, data, llm_model, base_url, api_key_file, report_data)
     if not "".join(filter(None, given)).isprintable():
         raise SettingsError("names of files, models and texts are one line each")
     kind = kind.at(base_url, llm_model, api_key_file)
     text = settings_text(str(file), model, rate, data, kind, report_data or data)
     try:
-        Settings.model_validate(yaml.safe_load(text))
+        settings = Settings.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         raise SettingsError(validation_sentence(error, setting_names())) from None
+    check_lengths(settings.spec().texts)
     try:
         write_atomically(path, text)
     except OSError as error:
@@ -167,6 +175,13 @@ def _asked(question: str, usual: str, check: Callable[[str], object], *, show_de
             return answer
 
 
+def _check_rate(rate: str) -> None:
+    try:
+        TargetSettings.model_validate({"model": SMOLLM2, "rate": rate})
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error)) from None
+
+
 def _check_endpoint(name: str) -> None:
     if name not in KINDS:
         raise SettingsError(f"{name!r} is no endpoint: give {', '.join(KINDS)}")
@@ -179,7 +194,7 @@ def _check_key_file(file: str) -> None:
     except (OSError, UsageError):  # too long for a path, for example
         is_there = False
     if not is_there:
-        raise SettingsError("there is no such file with a key: write the key into one, and give its path")
+        raise SettingsError("--api-key-file: there is no such file; write the key into a file, and give its path")
 
 
 def settings_text(file: str, model: str, rate: float, data: str, endpoint: EndpointKind, report: str) -> str:

@@ -39,7 +39,7 @@ def open_(
         else:
             file, address, said = place / PAGE_FILE, kept_address(place), f"opened the page of {name}"
         if not file.is_file():
-            raise UsageError(_missing(name, file))
+            raise UsageError(_missing(name, file, measured=status.measured))
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
     # Never the address itself: see `page_file`.
@@ -47,7 +47,9 @@ def open_(
     stdout_console().print(said if is_shown else address or file.as_uri(), soft_wrap=True)
 
 
-def _missing(name: str, file: Path) -> str:
+def _missing(name: str, file: Path, *, measured: int) -> str:
+    if file.name == REPORT and not measured:
+        return f"the search {name!r} is not running, and has measured nothing yet: there is no report of it"
     if file.name == REPORT:
         return (
             f"the search {name!r} is not running, and has no {REPORT} in {file.parent}/: `selfpruner report` makes one"

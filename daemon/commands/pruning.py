@@ -105,10 +105,13 @@ def evaluate(
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates as well")
         from gpu_worker.export.card_measurement import CardMeasurement, card_measurement
 
-        found = card_measurement(name, texts.data and text_of(texts.data, texts.windows, texts.seqlen).source)
-        if found is None or texts != flags.TextFlags(data=texts.data):
-            found = CardMeasurement(measured_texts(texts), seed or 0, dtype or "bfloat16")
-        measurement = found.changed(dtype, seed)
+        data, report = (text and text_of(text, None, texts.seqlen).source for text in (texts.data, texts.report_data))
+        measurement = card_measurement(name, data, report)
+        if measurement is None:
+            measurement = CardMeasurement(measured_texts(texts), 0, "bfloat16")
+        elif texts != flags.TextFlags(data=texts.data, report_data=texts.report_data):
+            measurement = measurement.on(measured_texts(texts))
+        measurement = measurement.changed(dtype, seed)
         with show_progress(name) as progress:
             result = measurement.run(name, progress)
     else:

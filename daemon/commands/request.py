@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from daemon.commands.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
 from daemon.settings.errors import validation_sentence
 from daemon.settings.rules import read_rule
-from daemon.settings.target import check_text, text_spec
+from daemon.settings.target import check_lengths, check_text, text_spec
 from protocol.errors import DataError, SettingsError
 from protocol.plans.allocation import Allocation, Method, PruningRequest
 from protocol.plans.any_heads import Heads
@@ -72,6 +72,7 @@ def pruning_request(
         raise SettingsError(f"{choice.rates} does not contain its pruning rate: give --rate")
     check_model(model)  # now, because torch takes seconds to import
     spec = _spec(model=model, **pruning, **_texts(texts), measure=measure, dtype=dtype, seed=seed)
+    check_lengths({"calibration": spec.calibration} if isinstance(texts, CalibrationFlags) else spec.texts)
     if choice.allocate is not None:
         return PruningRequest(spec, allocation_of(choice.allocate, options), None, choice.allocate)
     return PruningRequest(spec, file.rates, file.shape, _origin(file, choice.rates))
@@ -97,7 +98,9 @@ def allocation_spec(
 ) -> SearchSpec:
     """Return the spec of an allocation, which scores weights on one text and measures nothing."""
     pruning = {name: value for name, value in asdict(how).items() if value is not None}
-    return _spec(model=model, rate=rate, **pruning, **_texts(texts), dtype=dtype, seed=seed)
+    spec = _spec(model=model, rate=rate, **pruning, **_texts(texts), dtype=dtype, seed=seed)
+    check_lengths({"calibration": spec.calibration})
+    return spec
 
 
 _READ_BY = {
@@ -170,6 +173,7 @@ def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
         found["calibration"] = text_of(calibration, texts.calibration_windows, texts.seqlen)
     if texts.report_data is not None:
         found["report"] = text_of(texts.report_data, texts.report_windows, texts.seqlen)
+    check_lengths(found)
     return found
 
 
@@ -209,6 +213,6 @@ def _origin(file: RatesFile, path: Path | None) -> str:
 
 
 def text_of(source: str, windows: int | None, seqlen: int) -> TextSpec:
-    """Return the spec of a text. Raises DataError for a file that is not on this machine, or is too short."""
-    check_text(source, (windows or 1) * seqlen)
+    """Return the spec of a text. Raises DataError for a file that is not on this machine."""
+    check_text(source)
     return text_spec(source, windows, seqlen)

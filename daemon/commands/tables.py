@@ -50,7 +50,14 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     if result.kl is not None:
         yield KL_IN_WORDS
     if result.card_perplexity is not None:
-        yield f"the model card states {result.card_perplexity:,.2f} on the same tokens"
+        report = result.card_report_perplexity
+        on_report = "" if report is None else f", and {report:,.2f} on those of the report text"
+        yield f"the model card states {result.card_perplexity:,.2f} on the same tokens{on_report}"
+    elif result.card_texts is not None:
+        yield (
+            f"the perplexities on the model card are of other tokens: give its texts ({result.card_texts}), without "
+            "sizes, to measure on the same"
+        )
     yield f"{'measuring' if result.rate is None else 'pruning and measuring'} took {result.seconds:,.1f} s"
 
 

@@ -11,12 +11,13 @@ from agents.llm.dialect import Rung
 from agents.llm.policy import Spent
 from daemon.launch.expected_cost import Cost, expected_cost
 from daemon.launch.llm import make_chat
-from daemon.launch.run import check_here, lacks_llm
+from daemon.launch.run import check_files, lacks_llm
 from daemon.search.checks import REPORT_ADVICE, check_lists_somewhere, is_searched_on
 from daemon.search.rehearsal import ask_once, rehearse
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
-from protocol.errors import SelfPrunerError, UsageError
+from daemon.settings.target import check_lengths
+from protocol.errors import DataError, SelfPrunerError, UsageError
 from protocol.plans.shape import ModelShape
 from protocol.queue.connection import check_server, connect, permanent_error
 from protocol.results.needs import DeviceSpeed, Needs
@@ -127,7 +128,7 @@ WITHOUT_ENDPOINT = (
 
 def _files(settings: Settings) -> Finding:
     try:
-        check_here(settings)
+        check_files(settings)
     except UsageError as error:
         return Finding("files", "error", str(error))
     return Finding("files", "ok", "the files that the settings name are there")
@@ -145,6 +146,10 @@ def _texts(settings: Settings, needs: Needs) -> Finding:
     if needs.texts_error is not None:
         return Finding("texts", "error", needs.texts_error)
     if not needs.windows:
+        try:
+            check_lengths(settings.spec().texts)
+        except (DataError, OSError) as error:  # OSError: a file that is not there, which is reported already
+            return Finding("texts", "error" if isinstance(error, DataError) else "unknown", str(error))
         return Finding("texts", "unknown", "they cannot be read without the model's tokeniser")
     each = ", ".join(f"{count:,} windows for {role}" for role, count in needs.windows.items())
     said = f"{each}, of {settings.data.seqlen} tokens each"

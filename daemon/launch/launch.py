@@ -98,6 +98,8 @@ class Launch:
             settings, lambda: self._search.state if self._search else None, lambda: self._usage.counters
         )
         self._search: Search | None = None
+        self._is_heard = asyncio.Event()
+        """Whether an endpoint has answered, or it is known why none does."""
 
     async def run(self) -> Summary | None:
         """Run the search until it ends, is stopped or cancelled. Return its summary, which says whether it finished.
@@ -154,8 +156,10 @@ class Launch:
             duties.append(group.create_task(self._usage.save_forever()))
             is_new = not history.ledger
             self._usage.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
-            # A new search asks its endpoints now: a wrong key is known before the worker has prepared the model.
-            asking = group.create_task(self._wait_for_llm(chat, is_new=True)) if is_new else None
+            # The endpoints are asked now: a wrong key is known before the worker has prepared the model.
+            asking = group.create_task(self._wait_for_llm(chat, is_new=is_new))
+            asking.add_done_callback(lambda _: self._is_heard.set())
+            duties.append(asking)
             profile = await wait_for_profile(self._store)
             windows = profile.dense.windows(self._spec.fitness.seqlen)
             check_windows(self._settings.search, windows)
@@ -167,11 +171,13 @@ class Launch:
             asks = await asyncio.to_thread(self._agents_chat, chat, history)
             # In a thread, because a long history takes a second. self._search is None until this is done.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
-            if asking is None and search.budget.remaining > 0:
-                await self._wait_for_llm(chat, is_new=False)
-            if asking is not None:
-                await asking
+            # A refusal comes before the search begins. While endpoints do not answer, questions wait for them, and what
+            # needs no answer is measured.
+            await self._is_heard.wait()
+            if is_new and asking.done():
                 check_lists_somewhere(self._settings, chat.contexts, units)
+            elif is_new:
+                duties.append(group.create_task(self._check_lists(asking, chat, units)))
             await self._search_to_its_end(search)
             for duty in duties:
                 duty.cancel()
@@ -232,13 +238,21 @@ class Launch:
             most = self._settings.llm.start_wait_seconds
 
             def announce(name: str, why: str) -> None:
+                self._is_heard.set()
                 if self._own_llm:
                     log.info("local_llm_loading", endpoint=name, waits_s=most)
                     return
-                advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
+                advice = (
+                    "start its server, or name another endpoint; questions wait, then operators without an LLM propose"
+                )
                 log.warning("endpoint_not_ready", endpoint=name, reason=why, waits_s=most, advice=advice)
 
             await chat.wait_ready(announce, at_most=most, refuse=is_new)
+
+    async def _check_lists(self, asking: asyncio.Task[None], chat: "Chat", units: int) -> None:
+        """When an endpoint has answered, raise SettingsError if no endpoint has a context for lists of rates."""
+        await asking
+        check_lists_somewhere(self._settings, chat.contexts, units)
 
     async def _search_to_its_end(self, search: Search) -> None:
         """Run the search. Even if it fails, save its usage and publish its status at the end."""

@@ -23,7 +23,7 @@ from daemon.monitor.follower import Follower
 from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
-from daemon.settings.target import check_text
+from daemon.settings.target import check_lengths, check_text
 from daemon.state.journal import LOG, PROFILE
 from daemon.trackers.kinds import check_trackers
 from protocol.errors import SettingsError, UsageError
@@ -87,12 +87,16 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 
 
 def check_here(settings: Settings) -> None:
+    """Raise UsageError if a file of the settings is missing, or if a text is certainly too short for its windows."""
+    check_files(settings)
+    check_lengths(settings.spec().texts)
+
+
+def check_files(settings: Settings) -> None:
     """Raise UsageError if the model, a text, a key, a transcript, a tracker or the local LLM's file is missing."""
     check_model(settings.target.model)  # now, rather than when the worker loads it
-    data = settings.data
-    texts = {data.calibration: data.calibration_windows, data.fitness: data.fitness_windows}
-    for source, windows in {**texts, data.report or "self": data.report_windows}.items():
-        check_text(source, (windows or 1) * data.seqlen)  # now, rather than when the worker reads it
+    for text in filter(None, (settings.data.calibration, settings.data.fitness, settings.data.report)):
+        check_text(text)  # now, rather than when the worker reads it
     secrets_of(settings)  # now, rather than when the folder of the search has been made
     check_trackers(settings)
     read_replay(settings)

@@ -82,7 +82,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     They log to the search's log file, and to the console if `console`.
     """
     need("torch", "worker", "a worker", ", or run workers elsewhere with `selfpruner daemon` here")
-    command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
+    command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name, "--in-run"]
     # They start before the daemon is in charge. The server may then still have the spec of an earlier try.
     command += ["--spec", settings.spec().fingerprint]
     command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]

@@ -181,6 +181,7 @@ class Observer:
         return Condition(
             degraded=state.degraded is not None if chat else None,
             degraded_by=state.degraded,
+            awaited=state.awaited,
             parents_source=self.search.parents_source if self.search else None,
             endpoints={e.name: _endpoint(chat, e) for e in state.endpoints} if chat else {},
             questions={agent: QuestionCounts(**counts) for agent, counts in self._questions.items()},

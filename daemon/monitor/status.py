@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from agents.llm.endpoint import Degraded
+from agents.llm.endpoint import Awaited, Degraded
 from agents.population.population import Evaluation, Population
 from daemon.monitor.glance import Glance
 from daemon.search.figures import Figures, figures_of, uniform_outcome
@@ -70,6 +70,8 @@ class Condition(_Value):
     """Whether operators without an LLM propose in its place."""
     degraded_by: Degraded | None = None
     """Why they replace the LLM: no endpoint answers (`endpoints`), or the LLM budget is used up (`budget`)."""
+    awaited: Awaited | None = None
+    """The endpoints that questions wait for at the start."""
     parents_source: Source | None = None
     """Whether the LLM or the fallback chose the parents of the last round."""
     endpoints: dict[str, EndpointStatus] = {}
@@ -102,6 +104,8 @@ class Status(_Value):
     finished: bool
     degraded: bool | None
     degraded_by: Degraded | None = None
+    awaited: Awaited | None = None
+    """The endpoints that questions wait for at the start; candidates that need no LLM are measured meanwhile."""
     endpoints: dict[str, EndpointStatus]
     questions: dict[str, QuestionCounts] = {}
     parents_source: Source | None

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -157,11 +157,17 @@ def _state(status: Status) -> Text:
         return Text("finished" if status.finished else "stopped", "green" if status.finished else "yellow")
     if status.control == "pause" and (status.queue.running or any(w.stage == "evaluating" for w in status.workers)):
         return Text("pausing; the evaluation in progress will complete", "yellow")
+    if status.control == "pause" and status.preparing:
+        return Text("paused; the model is still being prepared", "yellow")
     if status.control != "run":
         return Text({"pause": "paused", "stop": "stopping"}[status.control], "yellow")
     if status.degraded:
         why = "the LLM budget is used up" if status.degraded_by == "budget" else "no LLM endpoint answers"
         return Text(f"degraded: {why}; operators without an LLM propose", "yellow")
+    if status.awaited:
+        until = status.awaited.until
+        left = "" if until is None else f", {max(0.0, (until - datetime.now(UTC)).total_seconds()):,.0f} s left"
+        return Text(f"waiting for the LLM{left} ({status.awaited.reason})", "yellow")
     if status.preparing:
         return Text("preparing the model", "green")
     return Text("running" if status.workers else "waiting for a worker", "green" if status.workers else "yellow")

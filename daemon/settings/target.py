@@ -1,6 +1,7 @@
 """Settings of the target model and of the texts it is measured on."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
@@ -8,11 +9,11 @@ from pydantic import AfterValidator, Field, PositiveInt
 from daemon.settings.section import Section
 from protocol.errors import DataError
 from protocol.plans.rates import DECIMALS, TargetRate
-from protocol.plans.spec import NAMED_TEXTS, Dtype, TextSpec
+from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, TextSpec, windows_in_words
 from protocol.runtime.paths import expanded
 
-TOKENS_PER_BYTE = 2
-"""More tokens than this no tokeniser makes of a byte: usually it makes a quarter."""
+MORE_TOKENS = 16
+"""No tokeniser makes more tokens of a text than it has bytes, plus a few at its start. Usually it makes a quarter."""
 
 
 def _five_decimals(rate: float) -> float:
@@ -65,14 +66,21 @@ def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
     return TextSpec(source=path, windows=windows, seqlen=seqlen)
 
 
-def check_text(source: str, tokens: int = 0) -> None:
-    """Raise DataError for a text file that is not on this machine, or that cannot have so many `tokens`."""
-    if source in NAMED_TEXTS:
+def check_text(source: str) -> None:
+    """Raise DataError for a text file that is not on this machine."""
+    if source in NAMED_TEXTS or expanded(source).is_file():
         return
-    if not expanded(source).is_file():
-        near = difflib.get_close_matches(source, NAMED_TEXTS, n=1)
-        advice = f"did you mean `{near[0]}`?" if near else f"give a file, or one of {', '.join(NAMED_TEXTS)}"
-        raise DataError(f"there is no text file {source!r}; {advice}")
-    size = expanded(source).stat().st_size
-    if size * TOKENS_PER_BYTE < tokens:
-        raise DataError(f"the text {source!r} is too short: {size:,} bytes cannot give {tokens:,} tokens")
+    near = difflib.get_close_matches(source, NAMED_TEXTS, n=1)
+    advice = f"did you mean `{near[0]}`?" if near else f"give a file, or one of {', '.join(NAMED_TEXTS)}"
+    raise DataError(f"there is no text file {source!r}; {advice}")
+
+
+def check_lengths(texts: Mapping[Role, TextSpec]) -> None:
+    """Raise DataError for a text file that is certainly too short for the windows of all its roles together."""
+    for source in {text.source: None for text in texts.values() if text.source not in NAMED_TEXTS}:
+        roles = {role: text for role, text in texts.items() if text.source == source}
+        tokens = sum((text.windows or 1) * text.seqlen for text in roles.values())
+        size = expanded(source).stat().st_size
+        if size + MORE_TOKENS < tokens:
+            has = f"{size:,} bytes cannot give {tokens:,} tokens"
+            raise DataError(f"the text {source!r} is too short: {has}, for {windows_in_words(roles)}")

@@ -1,9 +1,8 @@
 """What a search needs, found without loading any weights: the model's sizes, its texts, its memory."""
 
 import torch
-from torch import Tensor
 
-from gpu_worker.measuring.corpora import load_roles
+from gpu_worker.evaluation.texts import count_windows, too_long
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel, load_without_weights
 from gpu_worker.models.machine import Machine, main_memory, this_machine
@@ -60,17 +59,9 @@ def _memory(spec: SearchSpec, decoder: Decoder, machine: Machine) -> dict[str, o
 def _windows(spec: SearchSpec, model: LoadedModel | None, longest: int | None) -> tuple[dict[Role, int], str | None]:
     """Return the number of windows of each text, and why they cannot be had."""
     seqlen = max(text.seqlen for text in spec.texts.values())
-    if longest is not None and seqlen > longest:
-        return {}, f"windows of {seqlen} tokens are longer than the {longest} positions that the model supports"
-    if model is None:
-        return {}, None
+    if model is None:  # only the model's config can be read
+        return {}, None if longest is None or seqlen <= longest else too_long(seqlen, longest)
     try:
-        found = load_roles(spec.texts, spec.seed, model.tokenizer, _unwritten, model.window_start)
+        return count_windows(model, spec.texts, spec.seed), None
     except DataError as error:
         return {}, str(error)
-    return {role: len(windows) for role, windows in found.items()}, None
-
-
-def _unwritten(windows: int, length: int) -> Tensor:
-    """Stand for text that the model would write."""
-    return torch.zeros(windows, length, dtype=torch.long)

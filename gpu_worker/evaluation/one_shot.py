@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from gpu_worker.evaluation.allocation import allocate, choose_rates, prepare
 from gpu_worker.evaluation.session import Session
-from gpu_worker.evaluation.target import Target, check_length
-from gpu_worker.measuring.corpora import SELF, load_roles, windows_digest
+from gpu_worker.evaluation.target import Target
+from gpu_worker.evaluation.texts import check_length, count_windows, read_texts
+from gpu_worker.measuring.corpora import SELF, windows_digest
 from gpu_worker.measuring.perplexity import checked_perplexity
-from gpu_worker.measuring.self_text import load_saved_text, self_text
+from gpu_worker.measuring.self_text import load_saved_text
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
@@ -117,11 +116,18 @@ def evaluate_model(
     longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)
     generates_text = saved_text is None and any(text.source == SELF for text in texts.values())
-    model = load_model(name, dtype, Workload(longest, generates_text=generates_text))
+    measured = texts.keys() - {"calibration"}
+
+    def check(bare: LoadedModel) -> None:
+        if saved_text is None:
+            count_windows(bare, texts, seed, measured)
+        else:
+            check_length(bare, longest)
+
+    model = load_model(name, dtype, Workload(longest, generates_text=generates_text), check)
     progress("loading model", 1, 1)
-    check_length(model, longest)
     if saved_text is None:
-        windows = _windows_of(model, texts, seed=seed, progress=progress)
+        windows = read_texts(model, texts, seed, progress, only=measured)
     else:
         windows = {"fitness": load_saved_text(saved_text, texts["fitness"], model.decoder.head.out_features)}
     start = time.perf_counter()
@@ -141,19 +147,7 @@ def evaluate_model(
         seconds=seconds,
         data=texts["fitness"].source,
         fitness_digest=windows_digest(windows["fitness"]),
-    )
-
-
-def _windows_of(
-    model: LoadedModel, texts: Mapping[Role, TextSpec], *, seed: int, progress: Progress
-) -> dict[Role, Tensor]:
-    return load_roles(
-        texts,
-        seed,
-        model.tokenizer,
-        lambda windows, length: self_text(model, windows, length, seed, progress),
-        model.window_start,
-        texts.keys() - {"calibration"},
+        report_digest=windows_digest(windows["report"]) if "report" in windows else None,
     )
 
 

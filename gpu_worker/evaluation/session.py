@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.evaluation.preparation import Dense, remembered_dense
-from gpu_worker.evaluation.target import ShareText, Target
+from gpu_worker.evaluation.target import Target
+from gpu_worker.evaluation.texts import ShareText
 from gpu_worker.measuring.divergence import (
     DensePredictions,
     dense_predictions,

@@ -1,8 +1,6 @@
 """Prepares the target model for pruning: loads it, reads texts, scores heads and channels, orders weights."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +13,8 @@ from gpu_worker.evaluation.preparation import (
     remembered_units,
 )
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
-from gpu_worker.measuring.corpora import GenerateText, Texts, load_roles, load_texts
-from gpu_worker.measuring.self_text import self_text
+from gpu_worker.evaluation.texts import ShareText, check_length, count_windows, read_texts
+from gpu_worker.measuring.corpora import Texts
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel, load_model
@@ -40,15 +38,11 @@ from gpu_worker.pruning.importance import (
 )
 from gpu_worker.pruning.ordered_model import OrderedModel
 from gpu_worker.pruning.sequential import prune_sequentially
-from protocol.errors import DataError, ModelError
+from protocol.errors import ModelError
 from protocol.plans.any_heads import AnyHeadsPlan
 from protocol.plans.plan import Plan
 from protocol.plans.shape import ModelShape
-from protocol.plans.spec import SearchSpec
-
-ShareText = Callable[[int, int, Callable[[], Tensor]], Tensor]
-"""(number of windows, their length, function that writes them) -> tokens that all workers use
-(measuring/self_text.py)."""
+from protocol.plans.spec import Role, SearchSpec, TextSpec
 
 
 class Target:
@@ -74,11 +68,13 @@ class Target:
         self.spec = spec
         self._progress = progress
         self._scored: tuple[Plan, int] | None = None
-        self.model = _load(spec, progress) if model is None else model
-        check_length(self.model, max(text.seqlen for text in spec.texts.values()))
+        needed: Mapping[Role, TextSpec] = spec.texts if measured else {"calibration": spec.calibration}
+        self.model = _load(spec, needed, progress) if model is None else model
+        check_length(self.model, max(text.seqlen for text in needed.values()))
         if check is not None:
             check(self.model)
-        self.calibration, self._texts = _read_texts(spec, self.model, progress, share_text, measured=measured)
+        self._texts = read_texts(self.model, needed, spec.seed, progress, share_text)
+        self.calibration = self._texts["calibration"]
         self.key = preparation_key(self.model, spec, self.calibration)
         """What everything in the cache depends on that is measured of this target."""
         decoder = self.model.decoder
@@ -136,8 +132,8 @@ class Target:
     @property
     def texts(self) -> Texts:
         """Return the texts of all roles."""
-        assert self._texts is not None, "this target was prepared without evaluation texts"
-        return self._texts
+        assert "fitness" in self._texts, "this target was prepared without evaluation texts"
+        return Texts.of(self._texts)
 
     @property
     def shape(self) -> ModelShape:
@@ -187,13 +183,6 @@ def _reconstruct(
         ordered.fit(i, ordered.in_order(i, products.pop()), in_main_memory=in_main_memory)
 
 
-def check_length(model: LoadedModel, seqlen: int) -> None:
-    """Raise DataError for windows longer than the model's context length, beyond which its predictions are useless."""
-    longest = model.longest_positions
-    if longest is not None and seqlen > longest:
-        raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions that the model supports")
-
-
 def score(
     model: LoadedModel,
     spec: SearchSpec,
@@ -220,27 +209,8 @@ def score(
     return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, each_layer, strict=True)]
 
 
-def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
+def _load(spec: SearchSpec, texts: Mapping[Role, TextSpec], progress: Progress) -> LoadedModel:
     progress("loading model", 0, 1)
-    model = load_model(spec.model, spec.dtype, Workload.of(spec))
+    model = load_model(spec.model, spec.dtype, Workload.of(spec), lambda bare: count_windows(bare, texts, spec.seed))
     progress("loading model", 1, 1)
     return model
-
-
-def _read_texts(
-    spec: SearchSpec, model: LoadedModel, progress: Progress, share_text: ShareText | None, *, measured: bool
-) -> tuple[Tensor, Texts | None]:
-    """Return the calibration windows and, with `measured`, the windows of all roles."""
-
-    def written(windows: int, length: int) -> Tensor:
-        write = partial(self_text, model, windows, length, spec.seed, progress)
-        return share_text(windows, length, write) if share_text else write()
-
-    progress("reading texts", 0, 1)
-    how: tuple[Any, GenerateText, int | None] = (model.tokenizer, written, model.window_start)
-    texts = load_texts(spec, *how) if measured else None
-    alone = (
-        texts.calibration if texts else load_roles({"calibration": spec.calibration}, spec.seed, *how)["calibration"]
-    )
-    progress("reading texts", 1, 1)
-    return alone, texts

@@ -4,7 +4,7 @@ Imports no torch, so that a missing text is reported immediately.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpu_worker.export.facts import read_facts
@@ -18,58 +18,81 @@ from protocol.runtime.paths import expanded
 
 
 @dataclass(frozen=True)
+class Stated:
+    """What a model card states for one text: the perplexity, and the digest of the tokens."""
+
+    perplexity: float
+    digest: str | None
+
+
+@dataclass(frozen=True)
 class CardMeasurement:
-    """The texts that an unpruned or exported model is measured on, and the perplexity that its card states."""
+    """The texts that an unpruned or exported model is measured on, and what its card states."""
 
     texts: Mapping[Role, TextSpec]
     seed: int
     dtype: Dtype
-    perplexity: float | None = None
-    """Perplexity that the card states; None if the card states none for these texts."""
-    fitness_digest: str | None = None
+    stated: Mapping[Role, Stated] = field(default_factory=dict)
+    """By the role in `texts`. A card without figures states nothing."""
+    names: str | None = None
+    """Names of the texts on the card."""
     saved_text: Path | None = None
     """The file with the tokens, if the dense model generated them."""
 
     def changed(self, dtype: Dtype | None, seed: int | None) -> "CardMeasurement":
-        """Return this measurement with another dtype or seed, if given. Another dtype drops the perplexity.
+        """Return this measurement with another dtype or seed, if given. With another dtype, the card states nothing.
 
         Raises SettingsError for a seed if the folder contains the tokens.
         """
         if seed is not None and self.saved_text is not None:
             raise SettingsError("--seed has no effect here: the folder contains the tokens that it was measured on")
-        same = dtype in (None, self.dtype)
         return replace(
             self,
             dtype=dtype or self.dtype,
             seed=self.seed if seed is None else seed,
-            perplexity=self.perplexity if same else None,
+            stated=self.stated if dtype in (None, self.dtype) else {},
         )
 
+    def on(self, texts: Mapping[Role, TextSpec]) -> "CardMeasurement":
+        """Return this measurement on other texts or windows, which may turn out to be the same tokens."""
+        return replace(self, texts=texts, saved_text=None)
+
     def run(self, model: str, progress: Progress) -> EvaluationResult:
-        """Measure `model`; the result includes the card's perplexity if that was measured on the same tokens."""
+        """Measure `model`; the result includes the card's perplexities of the same tokens."""
         from gpu_worker.evaluation.one_shot import evaluate_model
 
         found = evaluate_model(
             model, self.texts, dtype=self.dtype, seed=self.seed, saved_text=self.saved_text, progress=progress
         )
-        stated = self.perplexity if found.fitness_digest == self.fitness_digest else None
-        return found.model_copy(update={"card_perplexity": stated})
+        fitness, report = (
+            self._of_tokens("fitness", found.fitness_digest),
+            self._of_tokens("report", found.report_digest),
+        )
+        others = self.names if self.stated and fitness is None else None
+        return found.model_copy(
+            update={"card_perplexity": fitness, "card_report_perplexity": report, "card_texts": others}
+        )
+
+    def _of_tokens(self, role: Role, digest: str | None) -> float | None:
+        """Return what the card states for these tokens."""
+        stated = self.stated.get(role)
+        return stated.perplexity if stated and digest is not None and digest == stated.digest else None
 
 
 def measurement_of(spec: SearchSpec, numbers: Mapping[Role, int], saved_text: Path | None) -> CardMeasurement:
     """Return the measurement of a model that was pruned by `spec`, whose texts have these `numbers`."""
-    # A role with another text takes no windows from the fitness text, so it is left out.
-    texts = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
+    texts = _windows_in_text_of("fitness", spec, numbers)
     if saved_text is not None:
         texts = {"fitness": spec.fitness}
     return CardMeasurement(texts, spec.seed, spec.dtype, saved_text=saved_text)
 
 
-def card_measurement(folder: str, file: str | None) -> CardMeasurement | None:
+def card_measurement(folder: str, data: str | None, report_data: str | None = None) -> CardMeasurement | None:
     """Return what the card of an exported folder states; None for other models.
 
-    The card has only file names. `file` is the path of the text; without it, the text is looked up by its name. Raises
-    ModelError for a folder with nothing but a GGUF file, and DataError if the text is not available.
+    The card has only the names of files. `data` is the path of the fitness text, or of the report text if it has that
+    text's name; without it, the fitness text is looked up by its name. `report_data` is the path of the report text.
+    Raises ModelError for a folder with nothing but a GGUF file, and DataError if the text is not available.
     """
     path = Path(folder) / FACTS
     if not path.is_file():
@@ -77,25 +100,63 @@ def card_measurement(folder: str, file: str | None) -> CardMeasurement | None:
     try:
         formats, facts = formats_in(Path(folder)), read_facts(Path(folder))
     except ModelError as error:
-        if file is not None:
+        if data is not None:
             return None
         raise DataError(f"{path} does not say what {folder!r} was measured on: pass a text with --data") from error
     if formats == ("gguf",):
         raise ModelError(only_for_llama_cpp(folder))
     spec, saved_text = facts.spec, None
     name = spec.fitness.source
-    if file is None and name == "self":
+    if data is None and name == "self":
         saved_text = Path(folder) / SAVED_TEXT
         if not saved_text.is_file():
             raise DataError(f"{folder!r} was measured on text that the dense model generated: give --data, a text file")
-    elif file is None and name not in NAMED_TEXTS:
-        if not expanded(name).is_file():
-            raise DataError(
-                f"{folder!r} was measured on a file {name!r}, which was not found; pass its path with --data"
-            )
-        file = str(expanded(name).absolute())
+    elif data is None:
+        data = _found(folder, name)
+    stated: dict[Role, Stated] = {}
+    if facts.pruned is not None:
+        stated["fitness"] = Stated(facts.pruned.perplexity, facts.fitness_digest)
+    if facts.pruned_report is not None:
+        stated["report"] = Stated(facts.pruned_report.perplexity, facts.report_digest)
     found = measurement_of(spec, facts.text_numbers, saved_text)
-    source = {} if file is None else {"source": file}
-    texts = {role: text.model_copy(update=source) for role, text in found.texts.items()}
-    stated = None if facts.pruned is None else facts.pruned.perplexity
-    return replace(found, texts=texts, perplexity=stated, fitness_digest=facts.fitness_digest)
+    texts = dict(found.texts) if data is None else _read_from(data, found.texts)
+    if spec.report is not None and not facts.is_one_text("fitness", "report"):
+        of_report = _windows_in_text_of("report", spec, facts.text_numbers)
+        if report_data is not None:
+            texts |= _read_from(report_data, of_report)
+        elif data is not None and _name(data) == _name(spec.report.source) != _name(name):
+            # The measured text is called fitness in a result.
+            texts = _read_from(data, _called_fitness(of_report))
+            stated = {"fitness": stated["report"]} if "report" in stated else {}
+    elif report_data is not None:
+        texts["report"] = TextSpec(source=report_data, windows=None, seqlen=spec.fitness.seqlen)
+    texts_on_card = [_name(text.source) for text in (spec.fitness, spec.report) if text is not None]
+    names = None if "self" in texts_on_card else " and ".join(dict.fromkeys(texts_on_card))
+    return replace(found, texts=texts, stated=stated, names=names)
+
+
+def _windows_in_text_of(role: Role, spec: SearchSpec, numbers: Mapping[Role, int]) -> dict[Role, TextSpec]:
+    """Return the texts of all roles that took their windows from the text of `role`, because each takes others."""
+    return {other: text for other, text in spec.texts.items() if numbers.get(other) == numbers.get(role)}
+
+
+def _called_fitness(texts: Mapping[Role, TextSpec]) -> dict[Role, TextSpec]:
+    """Return the texts with the report text as the fitness text, which a measurement always has."""
+    return {("fitness" if role == "report" else role): text for role, text in texts.items()}
+
+
+def _read_from(source: str, texts: Mapping[Role, TextSpec]) -> dict[Role, TextSpec]:
+    return {role: text.model_copy(update={"source": source}) for role, text in texts.items()}
+
+
+def _found(folder: str, name: str) -> str:
+    """Return a text of the card by its name, as it stands in the working folder."""
+    if name in NAMED_TEXTS:
+        return name
+    if not expanded(name).is_file():
+        raise DataError(f"{folder!r} was measured on a file {name!r}, which was not found; pass its path with --data")
+    return str(expanded(name).absolute())
+
+
+def _name(source: str) -> str:
+    return Path(source).name

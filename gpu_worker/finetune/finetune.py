@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_worker.evaluation.target import check_length
+from gpu_worker.evaluation.texts import check_length
 from gpu_worker.export.exported_folder import ExportedFolder, pruned_sizes, read_exported, restore_pruned_sizes
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_folders
 from gpu_worker.export.folder import check_target

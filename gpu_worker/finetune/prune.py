@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_worker.evaluation.target import check_length
+from gpu_worker.evaluation.texts import check_length
 from gpu_worker.export import disk_space
 from gpu_worker.export.card_measurement import measurement_of
 from gpu_worker.export.export import export_once

@@ -17,7 +17,7 @@ from gpu_worker.cache import remembered
 from gpu_worker.models.checkpoints import reading, reason
 from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from protocol.errors import DataError
-from protocol.plans.spec import Role, SearchSpec, TextSpec
+from protocol.plans.spec import Role, TextSpec, windows_in_words
 
 WIKITEXT2 = "wikitext2"
 C4 = "c4"
@@ -50,6 +50,11 @@ class Texts:
     fitness: Tensor
     report: Tensor | None
 
+    @classmethod
+    def of(cls, windows: Mapping[Role, Tensor]) -> "Texts":
+        """Return the windows of `load_roles`, which must be those of calibration and fitness at least."""
+        return cls(windows["calibration"], windows["fitness"], windows.get("report"))
+
     @property
     def digest(self) -> str:
         """Return the SHA-256 of all windows: equal on workers that measure on the same tokens."""
@@ -65,18 +70,6 @@ def windows_digest(*texts: Tensor) -> str:
     return digest.hexdigest()
 
 
-def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: int | None = None) -> Texts:
-    """Return the windows of all roles of `spec`. `generate` is called for the source `self`.
-
-    A source is cut into chunks that are as long as the longest window of its roles. The roles (calibration, fitness,
-    report, in this order) take chunks from one seeded shuffle and cut them to their own length. A role that asks for
-    all windows gets the chunks that the other roles left, in text order. Raises DataError for a source that is not
-    available or too short.
-    """
-    windows = load_roles(spec.texts, spec.seed, tokenizer, generate, start)
-    return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
-
-
 def load_roles(
     texts: Mapping[Role, TextSpec],
     seed: int,
@@ -85,7 +78,12 @@ def load_roles(
     start: int | None = None,
     only: Collection[Role] | None = None,
 ) -> dict[Role, Tensor]:
-    """Return the windows of each role of `texts`; see `load_texts`.
+    """Return the windows of each role of `texts`. `generate` is called for the source `self`.
+
+    A source is cut into chunks that are as long as the longest window of its roles. The roles (calibration, fitness,
+    report, in this order) take chunks from one seeded shuffle and cut them to their own length. A role that asks for
+    all windows gets the chunks that the other roles left, in text order. Raises DataError for a source that is not
+    available or too short.
 
     With `only`, the windows of all other roles are only reserved, and a source that only these roles use is not read.
     `start` replaces the first token of every window, which is context and never predicted. Some models predict badly
@@ -108,7 +106,7 @@ def load_roles(
 
 
 def split_by_role(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
-    """Distribute the chunks of `length` tokens of one text [tokens] among its roles; see `load_texts`."""
+    """Distribute the chunks of `length` tokens of one text [tokens] among its roles; see `load_roles`."""
     chunks = tokens[: len(tokens) // length * length].view(-1, length)
     shuffled = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
     windows: dict[Role, Tensor] = {}
@@ -243,10 +241,6 @@ def _of_the_hub(name: str, split: str) -> str:
 
 
 def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:
-    asked = ", ".join(
-        f"{'all other' if text.windows is None else text.windows} windows of {text.seqlen} for {role}"
-        for role, text in roles.items()
-    )
     longest = max(text.seqlen for text in roles.values())
-    has = f"its {tokens:,} tokens make {tokens // longest} windows of {longest}"
-    return f"{name} is too short: {has}, but the settings ask for {asked}"
+    has = f"its {tokens:,} tokens make only {tokens // longest} windows of {longest}"
+    return f"the text {name!r} is too short: {has}, for {windows_in_words(roles)}"

@@ -1,5 +1,6 @@
 """How fast a device is: peaks from data sheets, or a matrix product measured on this machine."""
 
+import os
 import time
 from collections.abc import Callable
 
@@ -54,7 +55,7 @@ def speed_of_this_machine(dtype: str) -> DeviceSpeed:
         used = torch.float32  # gpu_worker/measuring/half_precision.py
     try:
         return DeviceSpeed(
-            name=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
+            name=torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU{_busy()}",
             multiply=_products(device, used),
             solve=_products(device, torch.float32),
             read=_copies(device),
@@ -63,6 +64,12 @@ def speed_of_this_machine(dtype: str) -> DeviceSpeed:
         )
     except RuntimeError as error:  # a full GPU, or one that another program has for itself
         raise ModelError(f"the GPU cannot be used: {str(error).splitlines()[0]}; --gpu estimates without it") from error
+
+
+def _busy() -> str:
+    """Return what to add to the name of a CPU that other programs use, because they make every figure worse."""
+    is_used = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    return ", measured while other programs use it" if is_used else ""
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:

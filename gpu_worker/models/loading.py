@@ -1,6 +1,6 @@
 """Loads the target model: `smollm2`, a folder, a GGUF file, or a name on the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,15 +71,23 @@ def device_name(device: torch.device) -> str:
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
-def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
+def load_model(
+    name: str,
+    dtype: str,
+    workload: Workload = Workload(),  # noqa: B008 (it is frozen)
+    check: Callable[[LoadedModel], object] | None = None,
+) -> LoadedModel:
     """Load the model called `name` in `dtype` (`bfloat16`, ...) on the GPUs, or on the CPU if there is no GPU.
 
-    Never runs code from the model's folder. Raises ModelError if the model is missing, broken, quantised or of an
-    unsupported family; and, before loading weights, if memory is too small for the model and `workload`.
+    Before the weights are loaded, `check` is called with the model on the meta device, and may raise. Never runs code
+    from the model's folder. Raises ModelError if the model is missing, broken, quantised or of an unsupported family;
+    and, before loading weights, if memory is too small for the model and `workload`.
     """
     found = _look_up(name, dtype)
     estimate, machine = _estimated(name, found, dtype, workload)
     placement = place(estimate, machine)
+    if check is not None:
+        check(_without_weights(name, found))
     if placement.fit_in_main_memory and estimate.with_fit_in_main_memory is not None:
         log.info("fit_in_main_memory", model=name, needs=estimate.with_fit_in_main_memory.description)
     return _loaded(name, found, dtype, placement)
@@ -105,8 +113,7 @@ def load_without_weights(name: str, dtype: str) -> LoadedModel:
 
     Raises ModelError as `load_model` does, but checks neither memory nor weights.
     """
-    found = _look_up(name, dtype)
-    return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="", name=name)
+    return _without_weights(name, _look_up(name, dtype))
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,10 @@ def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> Loade
     unmap(causal_lm)
     decoder, identity = extract_decoder(causal_lm), _identity(found.source)
     return LoadedModel(causal_lm, tokenizer, decoder, identity, name, placement.fit_in_main_memory)
+
+
+def _without_weights(name: str, found: _Found) -> LoadedModel:
+    return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="", name=name)
 
 
 def _identity(source: str) -> str:

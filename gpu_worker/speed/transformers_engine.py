@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
-from gpu_worker.evaluation.target import check_length
+from gpu_worker.evaluation.texts import check_length
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.loading import LoadedModel, device_name, load_side_by_side
 from gpu_worker.models.memory import Workload, kv_cache_bytes

@@ -47,6 +47,15 @@ class TextSpec(Value):
         return self.source if self.source in NAMED_TEXTS else str(Path(self.source).expanduser().resolve())
 
 
+def windows_in_words(texts: Mapping[Role, TextSpec]) -> str:
+    """Describe the windows of texts, and what to do if they are too many."""
+    each = [
+        f"{'all other' if text.windows is None else f'{text.windows:,}'} windows of {text.seqlen:,} for {role}"
+        for role, text in texts.items()
+    ]
+    return f"{', '.join(each)}: ask for fewer or shorter windows, or give a longer text"
+
+
 def number_texts(texts: Mapping[Role, Hashable]) -> dict[Role, int]:
     """Return a number for each role; roles with equal `texts` have the same number."""
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts.values()))}

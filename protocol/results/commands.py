@@ -44,8 +44,12 @@ class EvaluationResult(Value):
     """The fitness text."""
     fitness_digest: str
     """Digest of the measured tokens: equal for results on the same tokens."""
+    report_digest: str | None = None
     card_perplexity: float | None = None
     """The perplexity on the same tokens that the exported folder's model card states."""
+    card_report_perplexity: float | None = None
+    card_texts: str | None = None
+    """Names of the texts on the model card, if its perplexity is of other tokens than those measured."""
     rates: tuple[float, ...] = ()
 
 

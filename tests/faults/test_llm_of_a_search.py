@@ -139,13 +139,15 @@ async def test_an_endpoint_that_comes_back_is_used_again_and_the_state_says_so(d
     assert not condition.degraded and condition.endpoints["fake"].state == "asked"
 
 
-@fault("35", "the LLM is not there at the start", "started late", "the search begins by itself")
+@fault("35", "the LLM is not there at the start", "started late", "seeds are measured, then it is asked")
 async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet(daemon: Daemon) -> None:
     async with ScriptedLlm() as llm:
         port, endpoint = llm.port, settings_of(llm)
     running = asyncio.create_task(daemon.run([endpoint], "llm.start_wait_seconds=60"))
-    await asyncio.sleep(1)
-    assert not (await daemon.history()).ledger
+    await asyncio.sleep(2)
+    condition = await daemon.condition()
+    assert condition.awaited is not None and condition.awaited.reason.startswith("fake: ")
+    assert {each.provenance.source for each in (await daemon.history()).ledger.values()} == {"allocation"}
     async with ScriptedLlm(answers, port=port):
         summary = await running
     assert summary.candidates["by_source"]["llm"] > CANDIDATES / 2

@@ -122,9 +122,9 @@ def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
     return path
 
 
-def put_status(folder: Path, *, finished: bool = True) -> None:
+def put_status(folder: Path, *, finished: bool = True, measured: int = 7) -> None:
     """Write the status that a search leaves in its folder."""
-    counts = {"measured": 7, "candidates": 7, "failed": 0, "stopped": 0, "waiting": 0}
+    counts = {"measured": measured, "candidates": measured, "failed": 0, "stopped": 0, "waiting": 0}
     status = STATUS.model_copy(update=counts | {"finished": finished})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "status.json").write_text(status.model_dump_json())

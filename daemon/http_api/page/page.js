@@ -86,6 +86,7 @@ function state() {
   if (status.finished) return "finished";
   if (status.control === "pause") return "paused";
   if (status.control === "stop") return "stopping";
+  if (status.awaited) return "waiting for the LLM";
   return status.degraded ? "running, without the LLM" : "running";
 }
 

@@ -36,6 +36,24 @@ async def test_a_server_that_starts_late_is_waited_for() -> None:
             await waiting
 
 
+async def test_questions_wait_for_an_endpoint_that_is_waited_for() -> None:
+    async with ScriptedLlm([OK]) as llm:
+        port, base_url = llm.port, llm.base_url
+    async with Chat([Endpoint("late", base_url, "model")], QUICK) as chat:
+        heard = asyncio.Event()
+        waiting = asyncio.create_task(chat.wait_ready(lambda *_: heard.set(), at_most=60))
+        await heard.wait()
+        question = asyncio.create_task(ask(chat))
+        awaited = chat.state.awaited
+        assert awaited is not None and awaited.reason.startswith("late: ") and awaited.until is not None
+        await asyncio.sleep(0.1)
+        assert not question.done()
+        async with ScriptedLlm([OK], port=port):
+            await question
+        await waiting
+        assert chat.state.awaited is None
+
+
 async def test_any_endpoint_that_answers_is_enough_and_a_refusal_is_an_answer() -> None:
     said: list[str] = []
     nowhere = Endpoint("nowhere", "http://127.0.0.1:9/v1", "model")

@@ -34,7 +34,7 @@ def written(settings: dict[str, Any], tmp_path: Path) -> Path:
 def test_a_search_that_can_run_is_estimated(cli: Cli, settings: dict[str, Any], tmp_path: Path) -> None:
     config = written(settings, tmp_path)
     found = cli.answer("check", config, "--no-ask")
-    assert found["ok"] and found["device"] == "this CPU"
+    assert found["ok"] and found["device"].startswith("this CPU")
     assert {each["what"]: each["state"] for each in found["findings"]} == {
         "files": "ok", "model": "ok", "texts": "ok", "memory": "ok", "disk": "ok", "LLM": "warning",
     }  # fmt: skip

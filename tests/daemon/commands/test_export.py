@@ -110,6 +110,42 @@ def test_the_text_of_a_card_is_looked_for_by_its_name(exports: Exports, monkeypa
     assert exports.evaluated()["card_perplexity"] == exported["perplexity"]
     another = exports.evaluated("--data", "calibration.txt")
     assert another["card_perplexity"] is None, "the card claims nothing of another text"
+    assert another["card_texts"] == "data.txt"
+    _, out, _ = exports.cli.run("evaluate", exports.out, "--data", "calibration.txt")
+    assert "the perplexities on the model card are of other tokens: give its texts (data.txt), without" in " ".join(
+        out.split()
+    )
+
+
+@pytest.fixture
+def reported(exports: Exports, target: Path, tmp_path: Path) -> Path:
+    """An export with figures on a report text, whose file this is."""
+    report = tmp_path / "report.txt"
+    report.write_bytes((target / "calibration.txt").read_bytes())
+    exports.made("--calibration-data", exports.data, "--report-data", report, "--report-windows", "2")
+    return report
+
+
+def test_both_rows_of_a_card_are_measured_again_with_the_windows_that_it_states(
+    exports: Exports, reported: Path
+) -> None:
+    facts = json.loads(exports.facts.read_text())
+    again = exports.evaluated("--data", exports.data, "--report-data", reported)
+    assert again["card_perplexity"] == facts["pruned"]["perplexity"]
+    assert again["card_report_perplexity"] == facts["pruned_report"]["perplexity"]
+    assert again["report_perplexity"] == pytest.approx(facts["pruned_report"]["perplexity"], rel=1e-4)
+
+
+def test_the_report_text_of_a_card_alone_is_known_by_its_name(exports: Exports, reported: Path) -> None:
+    facts = json.loads(exports.facts.read_text())
+    again = exports.evaluated("--data", reported)
+    assert again["card_perplexity"] == facts["pruned_report"]["perplexity"]
+    assert again["perplexity"] == pytest.approx(facts["pruned_report"]["perplexity"], rel=1e-4)
+
+
+def test_other_numbers_of_windows_are_not_taken_for_those_of_the_card(exports: Exports, reported: Path) -> None:
+    again = exports.evaluated("--data", reported, "--windows", "3", "--seqlen", "32")
+    assert again["card_perplexity"] is None and again["card_texts"] == "data.txt and report.txt"
 
 
 def test_what_is_said_goes_before_what_the_card_says(exports: Exports) -> None:

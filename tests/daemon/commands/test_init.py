@@ -41,7 +41,7 @@ def test_without_flags_and_a_terminal_it_is_the_small_model(tmp_path: Path, cli:
 
 def test_any_server_and_its_key_and_another_text_for_the_report_are_named(tmp_path: Path, cli: Cli) -> None:
     file, report, key = tmp_path / "a.yaml", tmp_path / "report.txt", tmp_path / "key"
-    report.write_text("another text")
+    report.write_text("another text" * 400)
     key.write_text("sk-secret")
     flags = ("--base-url", "http://llm:9000/v1", "--llm-model", "mine", "--api-key-file", key)
     assert cli.run("init", file, *flags, "--report-data", report)[0] == 0
@@ -58,13 +58,18 @@ def test_a_wrong_answer_to_a_question_is_asked_for_again(
 ) -> None:
     key = tmp_path / "key"
     key.write_text("sk-secret")
-    answers = iter(["./nowhere", "smollm2", "no.txt", "self", "gpt", "other", "", "mine", "sk-secret", str(key)])
+    answers = iter(
+        ["./nowhere", "smollm2", "30", "0.25", "no.txt", "self", "gpt", "other", "", "mine", "sk-secret", str(key)]
+    )
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("typer.prompt", lambda _question, usual, **_: next(answers) or usual)
     code, _, err = cli.run("init", tmp_path / "a.yaml")
     assert code == 0 and next(answers, None) is None and "sk-secret" not in err
-    assert ["'./nowhere'" in err, "'no.txt'" in err, "'gpt'" in err, "no such file with a key" in err] == [True] * 4
-    (endpoint,) = load(tmp_path / "a.yaml", []).llm.endpoints
+    for sentence in ("'./nowhere'", "0.3 for 30 %", "'no.txt'", "'gpt'", "--api-key-file: there is no such file"):
+        assert sentence in err
+    settings = load(tmp_path / "a.yaml", [])
+    (endpoint,) = settings.llm.endpoints
+    assert settings.target.rate == 0.25
     assert (endpoint.base_url, endpoint.model, endpoint.api_key_file) == (KINDS["other"].base_url, "mine", key)
 
 
@@ -82,14 +87,18 @@ def test_names_need_no_quoting(tmp_path: Path) -> None:
         (("--model", "./nowhere"), "there is no folder './nowhere'"),
         (("--rate", "30%"), "it must be a number, such as 0.3"),
         (("--endpoint", "gpt"), "gpt"),
+        (("--base-url", "http://llm:9000/v1"), "an endpoint of your own needs --llm-model"),
+        (("--data", "SHORT"), "3,000 bytes cannot give 163,840 tokens, for 128 windows of 1,024 for calibration, 16 "),
         (("--endpoint", "other"), "needs --base-url and --llm-model"),
-        (("--endpoint", "openai", "--api-key-file", "sk-secret"), "there is no such file with a key"),
+        (("--endpoint", "openai", "--api-key-file", "sk-secret"), "--api-key-file: there is no such file"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_written(
     flags: tuple[str, ...], sentence: str, tmp_path: Path, cli: Cli
 ) -> None:
-    found = cli.error("init", tmp_path / "a.yaml", *flags)
+    short = tmp_path.parent / "short.txt"
+    short.write_text("a" * 3000)
+    found = cli.error("init", tmp_path / "a.yaml", *(str(short) if flag == "SHORT" else flag for flag in flags))
     assert sentence in found and "sk-secret" not in found
     assert "there is no folder" in cli.error("init", tmp_path / "none" / "a.yaml")
     assert list(tmp_path.iterdir()) == []

@@ -72,6 +72,8 @@ def test_of_a_search_that_is_not_running_the_report_is_opened(tmp_path: Path, op
     (tmp_path / "only" / "log.jsonl").touch()
     (tmp_path / "only" / PAGE_FILE).write_text("left by a daemon that was killed")
     assert "has no report.html" in cli.error("open", "--folder", tmp_path) and not opened
+    put_status(tmp_path / "only", measured=0)
+    assert "has measured nothing yet" in cli.error("open", "--folder", tmp_path) and not opened
     report = tmp_path / "only" / "report.html"
     report.touch()
     assert cli.run("open", "--folder", tmp_path) == (0, f"only is not running; opened its report {report}\n", "")

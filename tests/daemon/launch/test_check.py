@@ -127,11 +127,11 @@ async def test_what_is_missing_is_an_error(tmp_path: Path, needs: Needs, error: 
 
 
 async def test_an_estimate_that_is_asked_for_is_made_in_any_case(tmp_path: Path) -> None:
-    settings = local_settings(tmp_path, "data.fitness_windows=100000")
-    report = await check(settings, lambda: NEEDS, lambda: SPEED, estimates=True)
-    assert report.errors == ["files"] and report.cost is not None and report.device == "a device"
-    (files, *_) = report.findings
-    assert "is too short: 280,000 bytes cannot give" in files.says
+    settings, unread = local_settings(tmp_path, "data.fitness_windows=100000"), NEEDS.model_copy(update={"windows": {}})
+    report = await check(settings, lambda: unread, lambda: SPEED, estimates=True)
+    assert report.errors == ["texts"] and report.cost is not None and report.device == "a device"
+    (texts,) = (finding for finding in report.findings if finding.what == "texts")
+    assert "is too short: 280,000 bytes cannot give" in texts.says
 
 
 async def test_a_server_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from redis.asyncio import Redis
 from rich.console import Console
 from rich.live import Live
 
+from agents.llm.endpoint import Awaited
 from agents.population.population import Evaluation
 from daemon.local.folder_lock import is_running, lock_folder
 from daemon.monitor import watch as watch_module
@@ -148,7 +150,16 @@ def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one()
         ({"daemon": None, "finished": True}, "finished"),
         ({"control": "pause"}, "pausing; the evaluation in progress will complete"),
         ({"control": "pause", "queue": QueueDepth(queued=3), "workers": ()}, "paused"),
+        (
+            {"control": "pause", "queue": QueueDepth(), "workers": (WorkerStatus(consumer="w", stage="scoring"),)},
+            "paused; the model is still being prepared",
+        ),
         ({"control": "stop"}, "stopping"),
+        ({"awaited": Awaited(reason="gpt: no answer", until=None)}, "waiting for the LLM (gpt: no answer)"),
+        (
+            {"awaited": Awaited(reason="gpt: -", until=datetime.now(UTC) + timedelta(seconds=90.5))},
+            "waiting for the LLM, ",
+        ),
         (
             {"degraded": True, "degraded_by": "endpoints"},
             "degraded: no LLM endpoint answers; operators without an LLM propose",

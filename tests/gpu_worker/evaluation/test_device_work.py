@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn import functional as F
 
 from gpu_worker.evaluation import session as session_module
@@ -55,6 +56,20 @@ def test_no_window_waits_for_the_device() -> None:
     dense = DensePredictions.empty(23, 16, torch.float32).to(torch.device("meta"))
     for scalar in (window_loss(decoder, window), *window_divergence(decoder, window, dense)):
         assert scalar.is_meta and scalar.shape == ()
+
+
+def test_a_second_device_gets_all_windows_before_its_first_loss_is_read() -> None:
+    """The first half of the model is on the CPU, the second on the meta device, from which nothing can be read."""
+    causal_lm = tiny_causal_lm("llama")
+    decoder = extract_decoder(causal_lm)
+    later = [layer.module for layer in decoder.layers[len(decoder.layers) // 2 :]]
+    for module in (*later, causal_lm.model.norm, causal_lm.lm_head):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta"))
+    dense = DensePredictions.empty(23, 16, torch.float32).to(torch.device("meta"))
+    losses = []
+    for window in tiny_windows(3, 24)[:, None]:
+        losses += [window_loss(decoder, window), *window_divergence(decoder, window, dense)]
+    assert decoder.device.type == "cpu" and all(loss.is_meta for loss in losses)
 
 
 def test_an_evaluation_reads_its_figures_at_its_end(session: Session, reads: list[int]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from gpu_worker.measuring import corpora
-from gpu_worker.measuring.corpora import Texts, load_roles, load_texts
+from gpu_worker.measuring.corpora import GenerateText, Texts, load_roles
 from protocol.errors import DataError
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.tiny_models import save_tiny_folder
@@ -47,10 +47,14 @@ def part(source: str, windows: int | None, seqlen: int = 10) -> TextSpec:
 Load = Callable[..., Texts]
 
 
+def texts_of(spec: SearchSpec, tokenizer: Tokenizer, generate: GenerateText, start: int | None = None) -> Texts:
+    return Texts.of(load_roles(spec.texts, spec.seed, tokenizer, generate, start))
+
+
 @pytest.fixture
 def load(tokenizer: Tokenizer) -> Load:
     def load(*parts: TextSpec | None, seed: int = 0) -> Texts:
-        return load_texts(spec_of(*parts, seed=seed), tokenizer, no_generation)  # type: ignore[arg-type,misc]
+        return texts_of(spec_of(*parts, seed=seed), tokenizer, no_generation)  # type: ignore[arg-type,misc]
 
     return load
 
@@ -218,21 +222,21 @@ def test_the_model_writes_as_much_as_all_roles_need_and_once(tokenizer: Tokenize
         asked.append((windows, length))
         return torch.arange(windows * length).view(windows, length)
 
-    texts = load_texts(spec_of(part("self", 6, seqlen=8), part("self", 3, seqlen=16)), tokenizer, generate)
+    texts = texts_of(spec_of(part("self", 6, seqlen=8), part("self", 3, seqlen=16)), tokenizer, generate)
     assert asked == [(3 + 3, 16)]
     assert len(set(texts.calibration.flatten().tolist()) | set(texts.fitness.flatten().tolist())) == 6 * 8 + 3 * 16
 
 
 def test_every_window_begins_with_the_token_that_a_model_needs(tokenizer: Tokenizer, text: str) -> None:
     spec = spec_of(part(text, 2, seqlen=16), part(text, None, seqlen=8))
-    plain, started = load_texts(spec, tokenizer, no_generation), load_texts(spec, tokenizer, no_generation, 319)
+    plain, started = (texts_of(spec, tokenizer, no_generation, start) for start in (None, 319))
     for before, after in ((plain.calibration, started.calibration), (plain.fitness, started.fitness)):
         assert (after[:, 0] == 319).all() and torch.equal(after[:, 1:], before[:, 1:])
 
 
 def test_all_of_what_the_model_writes_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="is unlimited"):
-        load_texts(spec_of(part("self", 4), part("self", None)), tokenizer, no_generation)
+        texts_of(spec_of(part("self", 4), part("self", None)), tokenizer, no_generation)
 
 
 def test_a_text_longer_than_the_model_reads_brings_no_warning(
@@ -242,7 +246,7 @@ def test_a_text_longer_than_the_model_reads_brings_no_warning(
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        load_texts(spec_of(part(text, 2), part(text, 2)), tokenizer, no_generation)
+        texts_of(spec_of(part(text, 2), part(text, 2)), tokenizer, no_generation)
     finally:
         logger.removeHandler(caplog.handler)
         tokenizer.model_max_length = math.inf

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.measuring.corpora import load_texts
+from gpu_worker.measuring.corpora import load_roles
 from gpu_worker.measuring.divergence import dense_predictions, divergence
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
@@ -74,8 +74,7 @@ def test_a_whole_text_has_the_perplexity_that_the_papers_would_measure(tmp_path:
         fitness=TextSpec(source=other, windows=1, seqlen=16),
         report=TextSpec(source=report, windows=None, seqlen=64),
     )
-    windows = load_texts(spec, model.tokenizer, no_text_of_its_own).report
-    assert windows is not None
+    windows = load_roles(spec.texts, spec.seed, model.tokenizer, no_text_of_its_own)["report"]
     tokens = torch.tensor(model.tokenizer(Path(report).read_text())["input_ids"])
     assert len(tokens) % 64  # the last, incomplete window is left out, there and here
     value, counted = perplexity(model.decoder, windows)
