@@ -101,7 +101,7 @@ class Proposer:
         asked then either. A call that an earlier process began but did not finish is repeated. Its questions are the
         same, so the same answers lead to the same candidates.
         """
-        calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
+        calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count, view.together))]
         submitters = [Submitter(self._agent, call, submit) for call in calls]
         unfinished = [submitter for submitter in submitters if not submitter.is_complete]
         turns = RoundRobin(submitter.call.index for submitter in unfinished)

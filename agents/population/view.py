@@ -56,6 +56,8 @@ class View:
     """Returns the fitness of a candidate of an earlier round by its id; None if the candidate has no fitness."""
     lessons: str = ""
     """What earlier searches found (llm.lessons)."""
+    together: int = 1
+    """Number of candidates that one question asks for, if llm.proposals_per_call does not say it."""
     step: Step | None = None
     """What should make this round's offspring; None if each candidate decides for itself."""
 

@@ -36,7 +36,7 @@ class AgentSettings(BaseModel):
     surrogate predicts of each. Each answer then takes two requests. 0 asks for the answer at once."""
     proposals_per_call: PositiveInt | None = None
     """Number of candidates requested per call. None means all candidates of a round for `lists`, and one candidate for
-    the other reply formats."""
+    the other reply formats, or several in a steady state whose workers would otherwise wait for answers."""
     reasks: int = Field(default=2, ge=0, le=10)
     """Number of times that an invalid reply is returned to the LLM with an explanation. After that, an
     operator without an LLM proposes instead."""
@@ -50,7 +50,7 @@ class AgentSettings(BaseModel):
         """Whether the LLM is asked for a candidate, by `share`."""
         return self.share == 1 or rng.random() < self.share
 
-    def split(self, count: int) -> list[int]:
+    def split(self, count: int, together: int = 1) -> list[int]:
         """Return the number of proposals that each call asks for, `count` in total."""
-        size = self.proposals_per_call or (max(1, count) if self.reply == "lists" else 1)
+        size = self.proposals_per_call or (max(1, count) if self.reply == "lists" else together)
         return [min(size, count - start) for start in range(0, count, size)]

@@ -3,15 +3,18 @@
     python -m benchmarks.pipeline [--json FILE] [--plot FILE.png]
 
 First, searches of a minute are measured: daemon, queue and server are real, answers and evaluations only take their
-time. Each is simulated too, and the largest difference is printed. Larger ones are only simulated: evaluations of 7
-seconds (a 7B model on an H100) and 70 seconds (70B), 1 to 64 workers, answers of 0.1 to 60 seconds. In the steady
-state, the number of candidates under way is the one that the daemon chooses by itself.
+time. Each is simulated too, and the largest difference is printed. The simulation takes two figures from what is
+measured: the time of daemon and queue for a candidate, from the first search, and the share of refused proposals, from
+all. Larger searches are only simulated: evaluations of 7 seconds (a 7B model on an H100) and 70 seconds (70B), 1 to 64
+workers, answers of 0.1 to 60 seconds. In the steady state, the number of candidates under way is the one that the
+daemon chooses by itself.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.pipeline.case import Case
-from benchmarks.pipeline.measure import busy_share
+from benchmarks.pipeline.measure import Measured, measure
 from benchmarks.pipeline.plot import plot
 from benchmarks.pipeline.simulate import Simulation
 from protocol.runtime import logs
@@ -45,8 +48,19 @@ def main() -> int:
     given = parser.parse_args()
     logs.configure(level="ERROR")
     console = Console(width=120)
-    measured = [_measured(case) for case in track(_measured_cases(), "measuring", console=console)]
-    simulated = [row for case in _simulated_cases() for row in (_simulated(case), _simulated(case.in_steady_state()))]
+    found = [(case, measure(case)) for case in track(_measured_cases(), "measuring", console=console)]
+    overhead, refused = (
+        _overhead(*found[0]),
+        1 - sum(case.candidates for case, _ in found) / sum(each.proposals for _, each in found),
+    )
+    like_measured = partial(replace, overhead=overhead, refused=refused)
+    console.print(f"daemon and queue: {1000 * overhead:.1f} ms per candidate; refused proposals: {refused:.0%}")
+    measured = [
+        _simulated(like_measured(case)) | {"measured": each.measuring / (case.workers * each.seconds)}
+        for case, each in found
+    ]
+    cases = [like_measured(case) for case in _simulated_cases()]
+    simulated = [row for case in cases for row in (_simulated(case), _simulated(case.in_steady_state()))]
     _print_measured(console, measured)
     _print_simulated(console, simulated)
     if given.json:
@@ -54,6 +68,12 @@ def main() -> int:
     if given.plot:
         plot(simulated, given.plot)
     return 0
+
+
+def _overhead(case: Case, found: Measured) -> float:
+    """Return the seconds of daemon and queue for a candidate, from a search of one worker with quick answers."""
+    waiting: float = found.seconds - found.measuring - _simulated(case)["idle"]
+    return max(0.0, waiting / case.candidates)
 
 
 def _measured_cases() -> list[Case]:
@@ -74,11 +94,12 @@ def _simulated_cases() -> list[Case]:
 def _simulated(case: Case) -> dict[str, Any]:
     runs = [Simulation(case, seed) for seed in range(SIMULATIONS)]
     hours = fmean(run.seconds for run in runs) / 3600
-    return asdict(case) | {"busy": fmean(run.busy_share for run in runs), "per_hour": case.candidates / hours}
-
-
-def _measured(case: Case) -> dict[str, Any]:
-    return _simulated(case) | {"measured": busy_share(case)}
+    idle = fmean(run.seconds * case.workers - run.measuring for run in runs)
+    return asdict(case) | {
+        "idle": idle,
+        "busy": fmean(run.busy_share for run in runs),
+        "per_hour": case.candidates / hours,
+    }
 
 
 def _print_measured(console: Console, rows: list[dict[str, Any]]) -> None:

@@ -26,6 +26,10 @@ class Case:
     """Candidates of a round."""
     candidates: int = 76
     """Candidates of the whole search."""
+    overhead: float = 0.0
+    """What daemon and queue take for a candidate, one after the other."""
+    refused: float = 0.0
+    """Share of the proposals that are refused, after which the LLM is asked again."""
 
     def in_steady_state(self) -> "Case":
         """Return the same search in the mode `steady-state`."""

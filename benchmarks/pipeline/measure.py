@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,10 +26,12 @@ class SlowChat(SchemaChat):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
+        self.proposals = 0
         self._seconds, self._rng, self._slots = case.answer, Random(0), asyncio.Semaphore(case.at_once)
 
     async def ask(self, question: Question) -> Answer:
         """Answer as the question's schema says."""
+        self.proposals += not question.label.startswith("selector")
         async with self._slots:
             await asyncio.sleep(varied(self._seconds, self._rng))
         return await super().ask(question)
@@ -53,15 +56,26 @@ class Workers:
                 await jobs.commit(job, outcome)
 
 
-def busy_share(case: Case) -> float:
-    """Run the search, and return the share of the workers' time in which they measured."""
+@dataclass(frozen=True)
+class Measured:
+    """What a whole search took."""
+
+    seconds: float
+    measuring: float
+    """Seconds in which the workers measured, summed."""
+    proposals: int
+    """Answers with a proposal, also those that were refused."""
+
+
+def measure(case: Case) -> Measured:
+    """Run the search."""
     binary = server_binary("valkey")
     assert binary is not None
     with temporary_server(binary) as server, tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_search(case, server.url, Path(folder)))
 
 
-async def _search(case: Case, url: str, folder: Path) -> float:
+async def _search(case: Case, url: str, folder: Path) -> Measured:
     keys = Keys("pipeline")
     settings = SearchSettings.model_validate(
         {
@@ -74,7 +88,8 @@ async def _search(case: Case, url: str, folder: Path) -> float:
             "mode": case.mode,
         }
     )
-    conducted = Conducted(connect(url), keys, folder, settings=settings, chat=SlowChat(case))
+    chat = SlowChat(case)
+    conducted = Conducted(connect(url), keys, folder, settings=settings, chat=chat)
     search = await conducted.open()
     search.in_flight = InFlight(None, search.state.population, partial(_count, case), case.at_once)
     workers = Workers(url, case, keys)
@@ -86,7 +101,7 @@ async def _search(case: Case, url: str, folder: Path) -> float:
         task.cancel()
     await asyncio.wait(working)
     conducted.journal.close()
-    return workers.measuring / (case.workers * seconds)
+    return Measured(seconds, workers.measuring, chat.proposals)
 
 
 async def _count(case: Case) -> int:

@@ -20,6 +20,7 @@ class Simulation:
         self._env = simpy.Environment()
         self._queue: simpy.Store = simpy.Store(self._env)
         self._slots = simpy.Resource(self._env, case.at_once)
+        self._daemon = simpy.Resource(self._env, 1)
         self._outcome = self._env.event()
         self._issued = self._measured = 0
         self._chosen_until = -1
@@ -39,6 +40,9 @@ class Simulation:
     def _work(self) -> Steps:
         while True:
             yield self._queue.get()
+            with self._daemon.request() as turn:
+                yield turn
+                yield self._env.timeout(self.case.overhead)
             seconds = varied(self.case.evaluation, self._rng)
             yield self._env.timeout(seconds)
             self.measuring += seconds
@@ -54,6 +58,14 @@ class Simulation:
             yield slot
             yield self._env.timeout(varied(self.case.answer, self._rng))
 
+    def _proposal(self) -> simpy.Event:
+        return self._env.process(self._proposed())
+
+    def _proposed(self) -> Steps:
+        yield self._answer()
+        while self._rng.random() < self.case.refused:
+            yield self._answer()
+
     def _search(self) -> Steps:
         yield from self._asked_together(self.case.population)
         if self.case.mode == "generational":
@@ -67,8 +79,8 @@ class Simulation:
 
     def _asked_together(self, count: int) -> Steps:
         """Ask `count` questions at once. Their candidates enter the queue in the order of the questions."""
-        for answer in [self._answer() for _ in range(count)]:
-            yield answer
+        for proposal in [self._proposal() for _ in range(count)]:
+            yield proposal
             self._issue()
 
     def _issue(self) -> None:
@@ -82,20 +94,22 @@ class Simulation:
     def _steady_state(self) -> Steps:
         """Ask as daemon/search/modes.py does, with the limit that the daemon finds when it knows all times."""
         case = self.case
-        limit = enough(case.workers, case.answer, case.evaluation, case.at_once)
+        room = enough(case.workers, case.answer, case.evaluation, case.at_once)
         yield from self._until(lambda: self._measured >= 2)
-        asking: set[simpy.Event] = set()
+        asking: dict[simpy.Process, int] = {}
         begun = 0
-        while asking or self._issued + len(asking) < case.candidates:
-            under_way = self._issued - self._measured + len(asking)
-            if self._issued + len(asking) < case.candidates and under_way < limit and len(asking) < case.at_once:
+        while asking or self._issued < case.candidates:
+            asked_for = sum(asking.values())
+            left, under_way = case.candidates - self._issued - asked_for, self._issued - self._measured + asked_for
+            if left > 0 and under_way < room.candidates and len(asking) < case.at_once:
                 begun += 1
-                asking.add(self._env.process(self._turn(begun, limit)))
+                count = min(room.together, left)
+                asking[self._env.process(self._turn(begun, count, room.candidates))] = count
             else:
                 yield simpy.AnyOf(self._env, [self._outcome, *asking])
-                asking = {question for question in asking if question.is_alive}  # type: ignore[attr-defined]
+                asking = {question: count for question, count in asking.items() if question.is_alive}
 
-    def _turn(self, turn: int, limit: int) -> Steps:
+    def _turn(self, turn: int, count: int, limit: int) -> Steps:
         if self._chosen_until < 0 and self._choosing is not None:
             yield self._choosing
         if self._chosen_until < 0 or (turn >= self._chosen_until and self._choosing is None):
@@ -105,4 +119,11 @@ class Simulation:
             self._choosing.succeed()
             self._choosing = None
         yield self._answer()
-        self._issue()
+        missing = count
+        while missing:  # the LLM is asked again for those that are refused
+            made = sum(self._rng.random() >= self.case.refused for _ in range(missing))
+            for _ in range(made):
+                self._issue()
+            missing -= made
+            if missing:
+                yield self._answer()

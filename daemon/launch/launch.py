@@ -26,6 +26,7 @@ from daemon.monitor.report import REPORT, render_report
 from daemon.monitor.summary import Summary, summarise
 from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
 from daemon.search.control import ControlWatcher, StopRequested
+from daemon.search.in_flight import MOST_TOGETHER
 from daemon.search.make_agents import make_agents
 from daemon.search.modes import rounds_of
 from daemon.search.search import Search
@@ -215,6 +216,8 @@ class Launch:
         await self._store.repair(queue, history)
 
     def _make_search(self, profile: ModelProfile, chat: ChatClient, queue: CandidateQueue, history: History) -> Search:
+        llm = self._settings.llm
+        fixes_length = llm.reply == "lists" or llm.proposals_per_call is not None
         search = Search(
             self._settings.search,
             SearchState.of(self._spec, profile, history, self._lessons),
@@ -224,6 +227,7 @@ class Launch:
             seconds=self._usage.seconds,
             count_workers=self._count_workers,
             questions_at_once=self._settings.llm.concurrency * max(1, len(self._settings.llm.endpoints)),
+            most_together=1 if fixes_length else MOST_TOGETHER,
         )
         self._search = self._observer.search = search
         if self._display:

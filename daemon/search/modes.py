@@ -69,10 +69,11 @@ def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
 
 
 async def steady_state(search: "Search") -> None:
-    """After each outcome, ask the next question with the newest population. Each question is a round for one candidate.
+    """After each outcome, ask the next question with the newest population. Each question is a round.
 
-    A limited number of candidates is asked for, queued or being measured (in_flight.py). Parents are selected once per
-    as many rounds, while other questions go on with the parents before. The order of outcomes decides what is asked
+    A limited number of candidates is asked for, queued or being measured (in_flight.py). A question asks for one
+    candidate, or for several if the answers would otherwise come too slowly for the workers. Parents are selected once
+    per as many rounds, while other questions go on with the parents before. The order of outcomes decides what is asked
     next, so two runs with the same answers can differ.
     """
     await search.keeper.until(lambda waiting: waiting == 0 or len(search.state.population) >= 2)
@@ -81,10 +82,10 @@ async def steady_state(search: "Search") -> None:
     async with _Turns(search) as turns:
         # A question may yield no candidate, so the budget is not used up until the last questions are answered.
         while turns.asking or turns.may_begin():
-            limit = await search.in_flight.limit()
-            under_way = search.keeper.waiting + len(turns.asking)
-            if turns.may_begin() and under_way < limit and len(turns.asking) < search.in_flight.at_once:
-                turns.begin(limit)
+            room = await search.in_flight.room()
+            free = room.candidates - search.keeper.waiting - turns.asked_for
+            if turns.may_begin() and free > 0 and len(turns.asking) < search.in_flight.at_once:
+                turns.begin(min(room.together, turns.left), room.candidates)
             else:
                 await turns.next_change()
 
@@ -99,19 +100,28 @@ class _Turns:
         self._chosen_until = 0
         """The round in which they are chosen again."""
         self._choosing = asyncio.Lock()
-        self.asking: set[asyncio.Task[None]] = set()
+        self.asking: dict[asyncio.Task[None], int] = {}
+        """The questions, each with the number of candidates that it asks for."""
         self.fruitless = 0
+
+    @property
+    def asked_for(self) -> int:
+        """The number of candidates that are asked for."""
+        return sum(self.asking.values())
+
+    @property
+    def left(self) -> int:
+        """The number of candidates that the budget still allows to ask for."""
+        return self._search.budget.remaining - self.asked_for
 
     def may_begin(self) -> bool:
         """Whether the budget allows another question."""
-        search = self._search
-        is_left = search.budget.remaining > len(self.asking) and not search.budget.tokens_are_used_up()
-        return is_left and self.fruitless < FRUITLESS_TURNS
+        return self.left > 0 and not self._search.budget.tokens_are_used_up() and self.fruitless < FRUITLESS_TURNS
 
-    def begin(self, limit: int) -> None:
-        """Ask for one more candidate; parents are selected once per `limit` rounds."""
+    def begin(self, count: int, limit: int) -> None:
+        """Ask for `count` more candidates; parents are selected once per `limit` rounds."""
         self._search.round += 1
-        self.asking.add(asyncio.create_task(self._turn(self._search.round, limit)))
+        self.asking[asyncio.create_task(self._turn(self._search.round, count, limit))] = count
 
     async def next_change(self) -> None:
         """Wait for an outcome or for a question to end."""
@@ -121,8 +131,8 @@ class _Turns:
             done, _ = await asyncio.wait({outcome, *self.asking}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             outcome.cancel()
-        for task in done & self.asking:
-            self.asking.discard(task)
+        for task in done & self.asking.keys():
+            del self.asking[task]
             task.result()
 
     async def __aenter__(self) -> Self:
@@ -133,15 +143,15 @@ class _Turns:
             task.cancel()
         await asyncio.gather(*self.asking, return_exceptions=True)
 
-    async def _turn(self, turn: int, limit: int) -> None:
+    async def _turn(self, turn: int, count: int, limit: int) -> None:
         settings, agents = self._search.settings, self._search.agents
-        view = self._search.view(turn)
-        log.info("round_started", round=turn, missing=1, best=view.population[0].fitness)
+        view = replace(self._search.view(turn), together=count)
+        log.info("round_started", round=turn, missing=count, best=view.population[0].fitness)
         began = time.monotonic()
         view, parents = await self._with_parents(view, limit)
         crosses = turn % (settings.mutations + settings.crossovers) >= settings.mutations
         agent = agents.crossover if crosses and agents.crossover else agents.mutator
-        made = await agent.propose(view, parents, 1, self._search.admission.submit)
+        made = await agent.propose(view, parents, count, self._search.admission.submit)
         self._search.in_flight.answered(time.monotonic() - began)
         self.fruitless = 0 if made else self.fruitless + 1
 

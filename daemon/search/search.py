@@ -18,7 +18,7 @@ from agents.population.view import Member, View
 from daemon.search.admission import Admission
 from daemon.search.budget import Budget
 from daemon.search.figures import figures_of, reported
-from daemon.search.in_flight import CountWorkers, InFlight, one_worker
+from daemon.search.in_flight import MOST_TOGETHER, CountWorkers, InFlight, one_worker
 from daemon.search.roles import Agents
 from daemon.search.snapshot import view_of_round
 from daemon.search.state import SearchState
@@ -45,11 +45,14 @@ class Search:
         seconds: Callable[[], float] = lambda: 0.0,
         count_workers: CountWorkers = one_worker,
         questions_at_once: int = 4,
+        most_together: int = MOST_TOGETHER,
     ) -> None:
         self.settings, self.state, self.agents, self._queue, self._journal = settings, state, agents, queue, journal
         self.budget = Budget(settings, state, seconds)
         self.admission = Admission(settings, state, self.budget, queue)
-        self.in_flight = InFlight(settings.max_in_flight, state.population, count_workers, questions_at_once)
+        self.in_flight = InFlight(
+            settings.max_in_flight, state.population, count_workers, questions_at_once, most_together
+        )
         self.keeper = PopulationKeeper(queue, state.population, state.ledger, on_evaluation=self._note)
         self.parents_source: Source | None = None
         """Whether the LLM or the fallback chose the parents of the last round."""

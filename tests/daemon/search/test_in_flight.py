@@ -10,7 +10,7 @@ from agents.llm.endpoint import Answer, Question
 from agents.population.population import Population
 from benchmarks.pipeline.case import Case
 from benchmarks.pipeline.simulate import Simulation
-from daemon.search.in_flight import InFlight
+from daemon.search.in_flight import MOST_TOGETHER, InFlight, enough
 from daemon.search.modes import rounds_of
 from protocol.plans.candidate import Failed, Stopped
 from protocol.queue.jobs import JobQueue
@@ -53,42 +53,42 @@ def in_flight(population: Population, *answers: float, fixed: int | None = None,
         ([7.0], 12),
         ([14.0], 16),
         ([14.0, 14.0, 300.0], 16),  # one slow answer does not count
-        ([1e9], 8 + 16),  # more questions would only wait for each other
+        ([1e9], 8 + 16 * 8),  # more questions would only wait for each other, and none asks for more than eight
     ],
 )
 async def test_as_many_are_under_way_as_keep_the_workers_busy(answers: list[float], limit: int) -> None:
-    assert await in_flight(after(7.0, 1.0, 7.0, 70.0, 7.0), *answers).limit() == limit
+    assert (await in_flight(after(7.0, 1.0, 7.0, 70.0, 7.0), *answers).room()).candidates == limit
 
 
 async def test_only_the_newest_answers_count() -> None:
-    assert await in_flight(after(1.0), *[100.0] * 20, *[1.0] * 8).limit() == 12
+    assert (await in_flight(after(1.0), *[100.0] * 20, *[1.0] * 8).room()).candidates == 12
 
 
 async def test_candidates_that_lost_their_race_count_with_the_little_time_they_took() -> None:
     population = after(7.0)
     made = in_flight(population, 2.0)
-    assert await made.limit() == 10
+    assert (await made.room()).candidates == 10
     one = candidates(2)[1]
     figures = measured(10.0, one).model_dump(include={"perplexity", "kl", "parameters", "tokens"})
     population.insert(one, Stopped(seconds=1.0, behind=0.1, windows=1, of_windows=8, **figures))
-    assert await made.limit() == 10, "the median of 7 and 1 is 4: 4 · 2 / 4 of them are asked for"
+    assert (await made.room()).candidates == 10, "the median of 7 and 1 is 4: 4 · 2 / 4 of them are asked for"
 
 
 async def test_the_time_of_an_evaluation_is_remembered_when_the_newest_failed() -> None:
     population = after(1.0)
     made = in_flight(population, 2.0)
-    assert await made.limit() == 16
+    assert (await made.room()).candidates == 16
     for one in candidates(9)[1:]:
         population.insert(one, Failed(reason="not-finite", detail=""))
-    assert await made.limit() == 16
+    assert (await made.room()).candidates == 16
 
 
 async def test_without_a_worker_that_is_ready_one_is_expected() -> None:
-    assert await InFlight(None, Population(), no_worker, 4).limit() == 2
+    assert (await InFlight(None, Population(), no_worker, 4).room()).candidates == 2
 
 
 async def test_a_users_number_stays() -> None:
-    assert await in_flight(after(1.0), 100.0, fixed=3).limit() == 3
+    assert (await in_flight(after(1.0), 100.0, fixed=3).room()).candidates == 3
 
 
 class Slow(SchemaChat):
@@ -109,7 +109,7 @@ async def test_a_search_asks_for_more_if_answers_are_slow(redis: Redis, keys: Ke
         while True:
             if job := await jobs.claim():
                 await asyncio.sleep(0.1)
-                most = max(most, await search.in_flight.limit())
+                most = max(most, (await search.in_flight.room()).candidates)
                 await jobs.commit(job, unevenness(job.candidate).model_copy(update={"seconds": 0.1}))
 
     working = asyncio.create_task(work())
@@ -125,6 +125,20 @@ def test_workers_are_busy_in_a_steady_state_if_the_endpoint_answers_enough_at_on
     assert Simulation(case).busy_share > 0.95
 
 
-def test_an_endpoint_that_answers_too_few_at_once_is_the_limit() -> None:
-    case = Case(workers=8, evaluation=7.0, answer=28.0, mode="steady-state", candidates=2000, at_once=4)
-    assert Simulation(case).busy_share == pytest.approx(4 / 28 / (8 / 7), rel=0.1)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_slow_endpoint_is_asked_for_several_candidates_at_once(workers: int) -> None:
+    case = Case(workers, evaluation=7.0, answer=28.0, mode="steady-state", candidates=2000, at_once=4)
+    assert enough(workers, case.answer, case.evaluation, case.at_once).together > 1
+    assert Simulation(case).busy_share > 0.95
+
+
+def test_an_endpoint_that_answers_far_too_few_is_the_limit() -> None:
+    case = Case(workers=64, evaluation=7.0, answer=28.0, mode="steady-state", candidates=4000, at_once=4)
+    assert Simulation(case).busy_share == pytest.approx(4 * MOST_TOGETHER / 28 / (64 / 7), rel=0.1)
+
+
+async def test_one_question_asks_for_one_candidate_if_the_user_says_so() -> None:
+    population = after(1.0)
+    for made in (in_flight(population, 100.0, fixed=9), InFlight(None, population, workers, 4, most_together=1)):
+        made.answered(100.0)
+        assert (await made.room()).together == 1
