@@ -77,6 +77,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "llm-share": {"reply": "moves", "share": 0.3, "initializer": "plans", "selector": "tournament"},
     "llm-no-feedback": {"reply": "moves", "feedback": ()},
     "llm-steady": {"reply": "moves", "mode": "steady-state"},
+    "plans-multi": {
+        "initializer": "plans",
+        "selector": "tournament",
+        "mutator": "plans",
+        "crossover": "ranked",
+        "first_windows": 2,
+    },
+    "llm-share-multi": {
+        "reply": "moves",
+        "share": 0.3,
+        "initializer": "plans",
+        "selector": "tournament",
+        "first_windows": 2,
+    },
     "no-initializer": {"reply": "moves", "initializer": "random"},
     "no-mutation": {"reply": "moves", "mutations": 0, "crossovers": OFFSPRING},
     "no-crossover": {"reply": "moves", "mutations": OFFSPRING, "crossovers": 0},
@@ -86,7 +100,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
 parents by tournaments. `rules` is genetic programming over rules, and such choices in turn; `llm-rules` is the same
 with the LLM. `plans` is the optimiser alone, `rules-first` the same after first candidates from rules, `llm-share`
-gives the LLM 30 % of its offspring. `llm` asks it for all.
+gives the LLM 30 % of its offspring. `llm` asks it for all. `-multi` measures candidates in part first.
 The methods after these are ablations, each of which changes one thing. `tournament` and `joint` are ablations of
 `llm-edits`, because with any selection moves mostly begin at the best configuration. CMA-ES has larger generations,
 because it is designed for them."""
@@ -98,7 +112,17 @@ NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which joined calls may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
-WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked", "plans", "rules", "rules-first")
+WITHOUT_LLM = (
+    "random",
+    "evolution",
+    "evolution-multi",
+    "cma-es",
+    "ranked",
+    "plans",
+    "plans-multi",
+    "rules",
+    "rules-first",
+)
 
 
 def _parser() -> argparse.ArgumentParser:
