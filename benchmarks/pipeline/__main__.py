@@ -5,14 +5,15 @@
 First, searches of a minute are measured: daemon, queue and server are real, answers and evaluations only take their
 time. Each is simulated too, and the largest difference is printed. The simulation takes two figures from what is
 measured: the time of daemon and queue for a candidate, from the first search, and the share of refused proposals, from
-all. Larger searches are only simulated: evaluations of 7 seconds (a 7B model on an H100) and 70 seconds (70B), 1 to 64
-workers, answers of 0.1 to 60 seconds. In the steady state, the number of candidates under way is the one that the
-daemon chooses by itself.
+all generational searches. Larger searches are only simulated: evaluations of 7 seconds (a 7B model on an H100) and 70
+seconds (70B), 1 to 64 workers, answers of 0.1 to 60 seconds. In the steady state, the number of candidates under way
+is the one that the daemon chooses by itself.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -49,10 +50,7 @@ def main() -> int:
     logs.configure(level="ERROR")
     console = Console(width=120)
     found = [(case, measure(case)) for case in track(_measured_cases(), "measuring", console=console)]
-    overhead, refused = (
-        _overhead(*found[0]),
-        1 - sum(case.candidates for case, _ in found) / sum(each.proposals for _, each in found),
-    )
+    overhead, refused = _overhead(*found[0]), _refused(found)
     like_measured = partial(replace, overhead=overhead, refused=refused)
     console.print(f"daemon and queue: {1000 * overhead:.1f} ms per candidate; refused proposals: {refused:.0%}")
     measured = [
@@ -74,6 +72,12 @@ def _overhead(case: Case, found: Measured) -> float:
     """Return the seconds of daemon and queue for a candidate, from a search of one worker with quick answers."""
     waiting: float = found.seconds - found.measuring - _simulated(case)["idle"]
     return max(0.0, waiting / case.candidates)
+
+
+def _refused(found: Sequence[tuple[Case, Measured]]) -> float:
+    """Return the share of refused proposals in generational searches, where each question asks for one."""
+    generational = [(case, each) for case, each in found if case.mode == "generational"]
+    return 1 - sum(case.candidates for case, _ in generational) / sum(each.proposals for _, each in generational)
 
 
 def _measured_cases() -> list[Case]:
