@@ -51,9 +51,11 @@ def search(config: str | Path | Overrides, *, progress: Report = _no_report, **s
 
 def prune(
     model: str,
-    rate: float,
-    out: str | Path,
+    rate: float | None = None,
     *,
+    out: str | Path,
+    memory: str | int | None = None,
+    parameters: str | int | None = None,
     endpoint: Mapping[str, Any] | None = None,
     budget: int | None = None,
     data: str | None = None,
@@ -67,9 +69,10 @@ def prune(
 ) -> PruneResult:
     """Make a model smaller: search for the best pruning rates, export the pruned model to `out`, and check it.
 
-    `rate` is the share of the decoder's parameters to remove. `endpoint` is the LLM, as in llm.endpoints: a mapping
-    with `base_url`, `model` and `api_key_file`; without it, a small model on this machine proposes. `budget` is the
-    number of evaluations, `data` the text to score and search on, `report_data` the text to report on. `settings`
+    `rate` is the share of the decoder's parameters to remove. In its place, `memory` is the most memory that the
+    weights may take ("10GB"), or `parameters` the most parameters ("5B"). `endpoint` is the LLM, as in llm.endpoints: a
+    mapping with `base_url`, `model` and `api_key_file`; without it, a small model on this machine proposes. `budget` is
+    the number of evaluations, `data` the text to score and search on, `report_data` the text to report on. `settings`
     override those of `config` (configs/best.yaml by default).
 
     Raises UsageError for invalid arguments, before anything is loaded, and SelfPrunerError if something fails.
@@ -88,7 +91,8 @@ def prune(
         config=None if config is None else Path(config),
         set_=_overrides(chosen),
     )
-    full = prune_settings(model, rate, destination.folder, flags)
+    size = {"rate": rate, "memory": memory, "parameters": parameters}
+    full = prune_settings(model, size, destination.folder, flags)
     try:
         return make_smaller(
             full, destination, None, partial(_searched, report=progress), partial(_computing, full, progress)

@@ -109,7 +109,7 @@ def evaluation_tokens(
 
 def search_tokens(settings: Settings) -> float:
     """Return the cost of a whole search."""
-    search, data, rate = settings.search, settings.data, settings.target.rate
+    search, data, rate = settings.search, settings.data, settings.target.known_rate
     roles = specs_of(data, data.seqlen)
     fitness, report = text_tokens("fitness", roles), text_tokens("report", roles)
     fitted = search.reconstruction == "least-squares"

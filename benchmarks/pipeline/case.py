@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from random import Random
 
+from daemon.search.in_flight import MOST_TOGETHER, SPARE, supply
+
 VARIATION = 0.3
 """Times differ by up to this share, up and down."""
 
@@ -30,6 +32,17 @@ class Case:
     """What daemon and queue take for a candidate, one after the other."""
     refused: float = 0.0
     """Share of the proposals that are refused, after which the LLM is asked again."""
+
+    @property
+    def together(self) -> int:
+        """The candidates that a question asks for in a steady state, if an answer with several takes no longer."""
+        count = 1
+        while (
+            2 * count <= MOST_TOGETHER
+            and supply(self.answer, count, self.workers, self.evaluation, self.at_once) < SPARE
+        ):
+            count *= 2
+        return count
 
     def in_steady_state(self) -> "Case":
         """Return the same search in the mode `steady-state`."""

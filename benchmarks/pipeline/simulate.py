@@ -92,19 +92,20 @@ class Simulation:
             yield self._outcome
 
     def _steady_state(self) -> Steps:
-        """Ask as daemon/search/modes.py does, with the limit that the daemon finds when it knows all times."""
+        """Ask as daemon/search/modes.py does, with the limits that the daemon finds when it knows all times."""
         case = self.case
-        room = enough(case.workers, case.answer, case.evaluation, case.at_once)
+        together = case.together
+        limit = enough(case.workers, case.answer, case.evaluation, case.at_once, together)
         yield from self._until(lambda: self._measured >= 2)
         asking: dict[simpy.Process, int] = {}
         begun = 0
         while asking or self._issued < case.candidates:
             asked_for = sum(asking.values())
             left, under_way = case.candidates - self._issued - asked_for, self._issued - self._measured + asked_for
-            if left > 0 and under_way < room.candidates and len(asking) < case.at_once:
+            count = max(1, min(together, left // 4))
+            if left > 0 and under_way + count <= limit and len(asking) < case.at_once:
                 begun += 1
-                count = min(room.together, left)
-                asking[self._env.process(self._turn(begun, count, room.candidates))] = count
+                asking[self._env.process(self._turn(begun, count, max(1, limit // count)))] = count
             else:
                 yield simpy.AnyOf(self._env, [self._outcome, *asking])
                 asking = {question: count for question, count in asking.items() if question.is_alive}

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
@@ -73,9 +73,18 @@ class FinetuneFlags:
 @flags.grouped
 def prune(
     model: Annotated[str, typer.Argument(help="A Hugging Face name, a folder, or `smollm2`.")],
-    rate: Annotated[float, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")],
-    out: Annotated[Path, typer.Option(help="The folder to create.")],
     *,
+    rate: Annotated[
+        float | None, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="In place of --rate: the most memory that the weights may take, such as `10GB`."),
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="In place of --rate: the most parameters, such as `5B`.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
     search: SearchFlags,
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
@@ -95,7 +104,8 @@ def prune(
 
     if destination.folder.is_file():
         raise SettingsError(f"--out {out} is a file: name a folder that does not exist yet")
-    settings = prune_settings(model, rate, destination.folder, search)
+    size = {"rate": rate, "memory": memory, "parameters": parameters}
+    settings = prune_settings(model, size, destination.folder, search)
     check_here(settings)
     tuning = _tuning(training, destination, settings) if training.finetune else None
     if tuning is not None:
@@ -177,16 +187,23 @@ def finetune_recipe(data: str, given: FinetuneFlags, settings: Settings) -> Reci
     return recipe_of(data, how, full=False, seed=settings.search.seed)
 
 
-def prune_settings(model: str, rate: float, out: Path, search: SearchFlags) -> Settings:
-    """Return the settings of the search. Its default name is made from the folder and the spec."""
+def prune_settings(model: str, size: Mapping[str, object], out: Path, search: SearchFlags) -> Settings:
+    """Return the settings of the search. Its default name is made from the folder and the spec.
+
+    `size` has one of rate, memory and parameters, as in the settings of `target`; the others are None or missing.
+    """
     config, overrides = search.config, search.set_ or []
-    chosen: dict[str, Any] = {"target.model": model, "target.rate": rate}
+    given_size = [name for name, value in size.items() if value is not None]
+    if len(given_size) != 1:
+        raise SettingsError(f"give one of --rate, --memory and --parameters, not {' and '.join(given_size) or 'none'}")
+    target = {"target.model": model, **{f"target.{name}": value for name, value in size.items()}}
+    chosen: dict[str, Any] = dict(target)
     if (data := search.data) is not None:
         chosen |= {"data.calibration": data, "data.fitness": data, "data.report": search.report_data or data}
     elif search.report_data is not None:
         chosen["data.report"] = search.report_data
     with as_file(files("configs") / "best.yaml") as best:
-        usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
+        usual = load(best, _given(target)).search.name
         if (budget := search.budget) is not None:
             without = _given(chosen | {"search.max_evaluations": None})
             given = load(config or best, without + overrides).search

@@ -176,7 +176,7 @@ def _disk(settings: Settings, needs: Needs) -> Finding:
     folder = settings.run.folder.absolute()
     place = next(each for each in (folder, *folder.parents) if each.is_dir())
     free = shutil.disk_usage(place).free
-    wanted = int(needs.weight_bytes * (1 - settings.target.rate)) + RESERVE_BYTES
+    wanted = int(needs.weight_bytes * (1 - settings.target.known_rate)) + RESERVE_BYTES
     says = f"{free / 1e9:,.1f} GB free in {place}; an exported model and the search's files take {wanted / 1e9:,.1f} GB"
     return Finding("disk", "ok" if free > wanted else "warning", says)
 

@@ -84,8 +84,9 @@ async def steady_state(search: "Search") -> None:
         while turns.asking or turns.may_begin():
             room = await search.in_flight.room()
             free = room.candidates - search.keeper.waiting - turns.asked_for
-            if turns.may_begin() and free > 0 and len(turns.asking) < search.in_flight.at_once:
-                turns.begin(min(room.together, turns.left), room.candidates)
+            count = min(turns.count(room.together), room.candidates)
+            if turns.may_begin() and free >= count and len(turns.asking) < search.in_flight.at_once:
+                turns.begin(count, max(1, room.candidates // count))
             else:
                 await turns.next_change()
 
@@ -101,7 +102,7 @@ class _Turns:
         """The round in which they are chosen again."""
         self._choosing = asyncio.Lock()
         self.asking: dict[asyncio.Task[None], int] = {}
-        """The questions, each with the number of candidates that it asks for."""
+        """The questions, each with the number of candidates that it still asks for."""
         self.fruitless = 0
 
     @property
@@ -114,12 +115,16 @@ class _Turns:
         """The number of candidates that the budget still allows to ask for."""
         return self._search.budget.remaining - self.asked_for
 
+    def count(self, together: int) -> int:
+        """Return how many candidates the next question asks for: at most a quarter of those that are left."""
+        return max(1, min(together, self.left // 4))
+
     def may_begin(self) -> bool:
         """Whether the budget allows another question."""
         return self.left > 0 and not self._search.budget.tokens_are_used_up() and self.fruitless < FRUITLESS_TURNS
 
     def begin(self, count: int, limit: int) -> None:
-        """Ask for `count` more candidates; parents are selected once per `limit` rounds."""
+        """Ask for `count` more candidates; parents are selected once per `limit` questions."""
         self._search.round += 1
         self.asking[asyncio.create_task(self._turn(self._search.round, count, limit))] = count
 
@@ -151,9 +156,20 @@ class _Turns:
         view, parents = await self._with_parents(view, limit)
         crosses = turn % (settings.mutations + settings.crossovers) >= settings.mutations
         agent = agents.crossover if crosses and agents.crossover else agents.mutator
-        made = await agent.propose(view, parents, count, self._search.admission.submit)
-        self._search.in_flight.answered(time.monotonic() - began)
+        made = await agent.propose(view, parents, count, self._counting(asyncio.current_task()))
+        self._search.in_flight.answered(time.monotonic() - began, count)
         self.fruitless = 0 if made else self.fruitless + 1
+
+    def _counting(self, question: asyncio.Task[None] | None) -> Submit:
+        """Return a `submit` after which an accepted candidate of `question` is no longer asked for."""
+
+        async def submit(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+            found = await self._search.admission.submit(rates, provenance)
+            if isinstance(found, Accepted) and question in self.asking:
+                self.asking[question] -= 1
+            return found
+
+        return submit
 
     async def _with_parents(self, view: View, limit: int) -> tuple[View, Sequence[Member]]:
         """Return the view with the chosen step, and the parents, which are selected once per `limit` rounds."""

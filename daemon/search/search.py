@@ -82,8 +82,7 @@ class Search:
         missing = count - proposals.made("initializer", 0)
         if missing > 0:
             log.info("round_started", round=0, missing=missing)
-            submit = self.in_flight.timed(self.admission.submit)
-            await self.agents.initializer.propose(self.view(0), count, submit)
+            await self.agents.initializer.propose(self.view(0), count, self.admission.submit)
 
     async def select(self, view: View) -> tuple[View, Sequence[Member]]:
         """Return the view of the round with the chosen step, and the chosen parents.

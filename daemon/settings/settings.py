@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         """Return the settings that determine a candidate's result."""
         return SearchSpec(
             model=self.target.model,
-            rate=self.target.rate,
+            rate=self.target.known_rate,
             granularity=self.search.granularity,
             split=self.search.split,
             lowest_rate=self.search.lowest_rate,

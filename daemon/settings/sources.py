@@ -53,6 +53,7 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         raise SettingsError(validation_sentence(error, setting_names())) from None  # it shows the values
     _check_text(settings.model_dump(), "")
+    settings = settings.model_copy(update={"target": settings.target.with_rate()})
     _check_together(settings)
     return settings
 
@@ -74,9 +75,10 @@ def _check_text(value: Any, name: str) -> None:
 
 def _check_together(settings: Settings) -> None:
     """Raise SettingsError for settings of different sections that contradict each other."""
-    if settings.search.lowest_rate > settings.target.rate or settings.search.highest_rate < settings.target.rate:
+    rate = settings.target.known_rate
+    if settings.search.lowest_rate > rate or settings.search.highest_rate < rate:
         raise SettingsError(
-            f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
+            f"target.rate {rate} cannot be reached with every unit between search.lowest_rate "
             f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
         )
     priced = [endpoint for endpoint in settings.llm.endpoints if endpoint.price_in or endpoint.price_out]

@@ -4,11 +4,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from daemon.settings.packages import need
 from daemon.settings.section import Section
 from protocol.errors import DataError
 from protocol.plans.rates import DECIMALS, TargetRate
+from protocol.plans.size import Memory, Parameters, Size
 from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, TextSpec, windows_in_words
 from protocol.runtime.paths import expanded
 
@@ -28,12 +30,54 @@ class TargetSettings(Section):
     model: str = Field(min_length=1)
     """A Hugging Face model name such as `meta-llama/Llama-2-7b-hf`, a folder, a GGUF file, or `smollm2` (135M
     parameters, to try things out)."""
-    rate: Annotated[TargetRate, AfterValidator(_five_decimals)]
+    rate: Annotated[TargetRate, AfterValidator(_five_decimals)] | None = None
     """β: the share of the decoder layers' parameters to remove, above 0 and up to 0.9, such as 0.3."""
+    parameters: Parameters | None = None
+    """In place of `rate`: the most parameters that the pruned model may have, embeddings included, such as `5B`."""
+    memory: Memory | None = None
+    """In place of `rate`: the most memory that the pruned model may take, such as `10GB`: its weights in `dtype`, and
+    its KV cache if `context` is given. The rate follows from the model's sizes, so this needs the worker's packages."""
+    context: int = Field(default=0, ge=0)
+    """Tokens of a text whose KV cache counts in `memory`. The dense model's cache counts, which is an upper bound."""
+    batch: PositiveInt = 1
+    """Number of such texts at once."""
     multiple_of: PositiveInt = 1
     """MLP widths are rounded to multiples of this many channels. 32, 64 or 128 makes the pruned model faster."""
     dtype: Dtype = "bfloat16"
     """Data type of weights and activations."""
+
+    @model_validator(mode="after")
+    def _has_one_size(self) -> "TargetSettings":
+        given = [name for name in ("rate", "parameters", "memory") if getattr(self, name) is not None]
+        if len(given) != 1:
+            advice = "; `--set target.rate=null` removes the rate of a file" if "rate" in given else ""
+            has = f"not {' and '.join(given)}{advice}" if given else "such as rate: 0.3"
+            raise ValueError(f"give one of rate, parameters and memory, {has}")
+        if self.context and self.memory is None:
+            raise ValueError("context counts in memory: give memory, too")
+        return self
+
+    @property
+    def size(self) -> Size | None:
+        """The size that the pruned model may have; None if the rate is given."""
+        if self.parameters is None and self.memory is None:
+            return None
+        return Size(parameters=self.parameters, memory=self.memory, context=self.context, batch=self.batch)
+
+    @property
+    def known_rate(self) -> float:
+        """The rate that is given, or that `with_rate` has found for the size."""
+        assert self.rate is not None, "the settings are loaded, so that a size has its rate"
+        return self.rate
+
+    def with_rate(self) -> "TargetSettings":
+        """Return these settings with the rate that a size needs, if it is not known. Raises UsageError."""
+        if self.rate is not None or self.size is None:
+            return self
+        need("torch", "worker", "target.memory or target.parameters", ", or give target.rate")
+        from gpu_worker.evaluation.sizes import rate_for
+
+        return self.model_copy(update={"rate": rate_for(self.size, self.model, self.dtype, self.multiple_of)})
 
 
 class DataSettings(Section):

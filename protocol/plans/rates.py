@@ -34,7 +34,8 @@ def _no_percentage(rate: object) -> object:
     return rate
 
 
-TargetRate = Annotated[float, Field(gt=0, le=0.9), BeforeValidator(_no_percentage)]
+HIGHEST_RATE = 0.9
+TargetRate = Annotated[float, Field(gt=0, le=HIGHEST_RATE), BeforeValidator(_no_percentage)]
 """β: the share of the decoder's parameters to remove."""
 
 

@@ -109,7 +109,9 @@ def test_a_model_is_made_smaller_by_one_call(settings: dict[str, Any], target: P
     own = {"name": "pruned", "initializer": "llm", "selector": "llm", "seeds": [], "mutator": "llm"}
     chosen["search"] = chosen["search"] | own
     out = tmp_path / "small"
-    made = selfpruner.prune(str(target / "model"), 0.3, out, settings=chosen | {"target.dtype": "float32"}, budget=4)
+    made = selfpruner.prune(
+        str(target / "model"), rate=0.3, out=out, settings=chosen | {"target.dtype": "float32"}, budget=4
+    )
     assert made.reloaded == pytest.approx(made.exported.perplexity, rel=0.02)
     assert json.loads((out / "prune.json").read_text())["search"] == made.search
 
@@ -121,7 +123,7 @@ def test_a_model_is_made_smaller_by_one_call(settings: dict[str, Any], target: P
         (lambda: selfpruner.search({"target.model": "smollm2", "target.rate": 30}), "0.3 for 30 %"),
         (lambda: selfpruner.search("nowhere.yaml"), "nowhere.yaml"),
         (lambda: selfpruner.load("nowhere/at/all"), "nowhere/at/all"),
-        (lambda: selfpruner.prune("smollm2", 0.3, "x", formats=["onnx"]), "onnx"),
+        (lambda: selfpruner.prune("smollm2", 0.3, out="x", formats=["onnx"]), "onnx"),
     ],
 )
 def test_a_mistake_is_one_sentence(call: Any, sentence: str) -> None:

@@ -69,7 +69,7 @@ def settings_file(target: Path) -> Path:
 
 def settings(target: Path, *overrides: str, out: str | Path = "small", rate: float = 0.3, budget: int = 8) -> Settings:
     search = SearchFlags(budget, config=settings_file(target), set_=list(overrides))
-    return prune_settings("m", rate, Path(out), search)
+    return prune_settings("m", {"rate": rate}, Path(out), search)
 
 
 def arguments(target: Path, *options: str) -> list[str]:
@@ -148,6 +148,18 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Pat
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
     again = cli.answer("evaluate", "small", "--data", "fitness/wiki.txt")
     assert again["card_perplexity"] == perplexity["after"]
+
+
+def test_a_size_in_place_of_a_rate_is_kept(here: Path, target: Path, cli: Cli) -> None:
+    size = (target / "model" / "model.safetensors").stat().st_size
+    options = arguments(target, "--budget", "4")
+    at = options.index("--rate")
+    options[at : at + 2] = ["--memory", f"{int(0.8 * size)}B"]
+    answer = cli.answer(*options)
+    weights = 4 * answer["exported"]["parameters"]["total_after"]
+    assert 0.7 * size < weights <= 0.8 * size
+    assert (here / "small" / "model.safetensors").stat().st_size < size
+    assert "give one of --rate, --memory and --parameters" in cli.error(*options, "--rate", "0.3")
 
 
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(here: Path, target: Path, cli: Cli) -> None:
@@ -270,7 +282,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
     assert name(0.3, "small", "search.name=mine") == "mine"
     named = target / "named.yaml"
     named.write_text("search: {name: kept}")
-    assert prune_settings("m", 0.3, Path("small"), SearchFlags(config=named)).search.name == "kept"
+    assert prune_settings("m", {"rate": 0.3}, Path("small"), SearchFlags(config=named)).search.name == "kept"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_defaults_are_the_papers() -> None:
         ("target.rate=.nan", "target.rate cannot be 'nan'"),
         ("target.rate=half", "target.rate cannot be 'half'"),
         ("target.rate=0.1234567", "at most 5 decimals"),
+        (
+            "target.memory=10GB",
+            "give one of rate, parameters and memory, not rate and memory; `--set target.rate=null`",
+        ),
+        ("target.rate=null", "give one of rate, parameters and memory, such as rate: 0.3"),
+        ("target.context=100", "context counts in memory"),
+        ("target.memory=10XB", "target.memory cannot be '10XB': write a number and a unit, such as 10GB or 170MB"),
         ("target.model=", "target.model"),
         ("search.name=../x", "search.name '../x' is not allowed"),
         ("search.population=0", "search.population cannot be '0'"),
