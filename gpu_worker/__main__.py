@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from gpu_worker.worker.options import WorkerOptions, worker_options
-from gpu_worker.worker.worker import run_worker
+from gpu_worker.worker.worker import PUBLISHED, run_worker
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.queue.connection import password_of
 from protocol.runtime import logs
@@ -20,13 +20,10 @@ def main() -> int:
     try:
         options = worker_options(**flags)
         _configure_logs(log_file, console=not quiet, secrets=password_of(options.redis_url))
-        try:
-            asyncio.run(run_worker(options))
-        except UsageError:
-            if in_run:
-                return 2  # the worker has published the error as its status, and `selfpruner run` shows it
-            raise
+        asyncio.run(run_worker(options))
     except SelfPrunerError as error:
+        if in_run and PUBLISHED in getattr(error, "__notes__", ()):
+            return 2  # `selfpruner run` shows what the worker has published
         print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence that the user reads)
         return 2 if isinstance(error, UsageError) else 1
     return 0

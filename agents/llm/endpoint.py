@@ -113,7 +113,7 @@ class Awaited(_Value):
     """The endpoints that a search waits for at its start."""
 
     reason: str
-    """Which they are, and why they do not answer."""
+    """Their names, and why they do not answer."""
     until: datetime | None
     """When the search begins without an LLM, in UTC; None if it waits for ever."""
 
@@ -122,7 +122,7 @@ class LlmState(_Value):
     """The states of all endpoints, in their order, and whether the fallback proposes."""
 
     awaited: Awaited | None = None
-    """What questions wait for; None if an endpoint has answered, or none of them is waited for."""
+    """The endpoints that questions wait for; None if one has answered, or if no question waits."""
 
     degraded: Degraded | None = None
     reason: str | None = None

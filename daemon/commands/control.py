@@ -130,7 +130,7 @@ def _command(command: Command, given: str | None, redis_url: str | None, folder:
 
 
 _DONE: dict[Command, str] = {
-    "pause": "pausing; what the workers are doing will complete, and no new evaluation begins",
-    "run": "resumed; evaluations begin again",
-    "stop": "stopping; what was measured is kept, and the same command continues the search",
+    "pause": "pausing; evaluations in progress will complete, and so will preparation",
+    "run": "resumed",
+    "stop": "stopping; outcomes are kept, and `selfpruner run` resumes the search",
 }

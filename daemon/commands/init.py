@@ -18,7 +18,7 @@ from daemon.commands import flags
 from daemon.settings.errors import validation_sentence
 from daemon.settings.settings import Settings, setting_names
 from daemon.settings.target import TargetSettings, check_lengths, check_text
-from protocol.errors import SettingsError, UsageError
+from protocol.errors import DataError, SettingsError, UsageError
 from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import SMOLLM2, check_model, expanded
 
@@ -154,7 +154,12 @@ def init(
         settings = Settings.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         raise SettingsError(validation_sentence(error, setting_names())) from None
-    check_lengths(settings.spec().texts)
+    try:
+        check_lengths(settings.spec().texts)
+    except DataError as error:
+        raise DataError(
+            f"{error}; or write the settings yourself: the sizes that init writes are for long texts"
+        ) from None
     try:
         write_atomically(path, text)
     except OSError as error:

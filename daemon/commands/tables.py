@@ -50,13 +50,14 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     if result.kl is not None:
         yield KL_IN_WORDS
     if result.card_perplexity is not None:
-        report = result.card_report_perplexity
-        on_report = "" if report is None else f", and {report:,.2f} on those of the report text"
-        yield f"the model card states {result.card_perplexity:,.2f} on the same tokens{on_report}"
-    elif result.card_texts is not None:
+        yield f"the model card states {result.card_perplexity:,.2f} on the same tokens"
+    if result.card_report_perplexity is not None:
+        yield f"the model card states {result.card_report_perplexity:,.2f} on the same tokens of the report text"
+    if result.card_texts is not None:
+        option = "--data" if result.card_perplexity is None else "--report-data"
         yield (
-            f"the perplexities on the model card are of other tokens: give its texts ({result.card_texts}), without "
-            "sizes, to measure on the same"
+            f"the model card's perplexity is of other tokens than those of {option}: give the card's texts "
+            f"({result.card_texts}), without sizes, to compare"
         )
     yield f"{'measuring' if result.rate is None else 'pruning and measuring'} took {result.seconds:,.1f} s"
 

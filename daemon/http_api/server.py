@@ -23,7 +23,7 @@ SILENT_SECONDS = 15.0
 UNREAD_SECONDS = 30.0
 """A client that reads nothing of its reply for this long is disconnected. Data in kernel buffers counts as read."""
 REFUSED_SECONDS = 1.0
-"""A client that is refused may go on sending for this long. Closed at once, it would lose our answer to a reset."""
+"""A refused client may send for this long. If we closed at once, a reset would destroy our answer."""
 SHUTDOWN_SECONDS = 0.3
 LOG_SECONDS = 20.0
 """The log gets at most one line about malformed requests in this time."""
@@ -94,7 +94,7 @@ class _Connection(RequestHandler):
         text = json.dumps({"error": "this is not a valid HTTP request"})
         response = _Refused(text=text, status=400, content_type="application/json")
         add_headers(response)
-        self.close()  # what comes now is not parsed, but ignored
+        self.close()  # all further bytes are ignored
         return response
 
     def log_exception(self, *args: Any, **kw: Any) -> None:

@@ -148,8 +148,8 @@ def _texts(settings: Settings, needs: Needs) -> Finding:
     if not needs.windows:
         try:
             check_lengths(settings.spec().texts)
-        except (DataError, OSError) as error:  # OSError: a file that is not there, which is reported already
-            return Finding("texts", "error" if isinstance(error, DataError) else "unknown", str(error))
+        except DataError as error:
+            return Finding("texts", "error", str(error))
         return Finding("texts", "unknown", "they cannot be read without the model's tokeniser")
     each = ", ".join(f"{count:,} windows for {role}" for role, count in needs.windows.items())
     said = f"{each}, of {settings.data.seqlen} tokens each"

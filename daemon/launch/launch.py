@@ -157,10 +157,10 @@ class Launch:
             duties.append(group.create_task(self._usage.save_forever()))
             is_new = not history.ledger
             self._usage.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
-            # The endpoints are asked now: a wrong key is known before the worker has prepared the model.
-            asking = group.create_task(self._wait_for_llm(chat, is_new=is_new))
-            asking.add_done_callback(lambda _: self._is_heard.set())
-            duties.append(asking)
+            # Until the LLM has taken part, endpoints may be refused. They are asked now, so that a wrong key is known
+            # before the worker has prepared the model.
+            may_refuse = not any(each.provenance.source in ("llm", "fallback") for each in history.ledger.values())
+            asking = group.create_task(self._wait_for_llm(chat, may_refuse=True)) if may_refuse else None
             profile = await wait_for_profile(self._store)
             windows = profile.dense.windows(self._spec.fitness.seqlen)
             check_windows(self._settings.search, windows)
@@ -172,13 +172,18 @@ class Launch:
             asks = await asyncio.to_thread(self._agents_chat, chat, history)
             # In a thread, because a long history takes a second. self._search is None until this is done.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
-            # A refusal comes before the search begins. While endpoints do not answer, questions wait for them, and what
-            # needs no answer is measured.
-            await self._is_heard.wait()
-            if is_new and asking.done():
-                check_lists_somewhere(self._settings, chat.contexts, units)
-            elif is_new:
-                duties.append(group.create_task(self._check_lists(asking, chat, units)))
+            if asking is None and search.budget.remaining > 0:
+                asking = group.create_task(self._wait_for_llm(chat, may_refuse=False))
+            if asking is not None:
+                duties.append(asking)
+                # A refusal comes before the search begins. While no endpoint answers, only questions wait.
+                await self._is_heard.wait()
+            if asking is not None and may_refuse:
+                if asking.done():
+                    asking.result()  # raises what it has raised
+                    check_lists_somewhere(self._settings, chat.contexts, units)
+                else:
+                    duties.append(group.create_task(self._check_lists(asking, chat, units)))
             await self._search_to_its_end(search)
             for duty in duties:
                 duty.cancel()
@@ -237,21 +242,22 @@ class Launch:
     async def _count_workers(self) -> int:
         return sum(worker.is_ready for worker in await self._store.workers())
 
-    async def _wait_for_llm(self, chat: "Chat", *, is_new: bool) -> None:
-        if self._settings.search.asks_llm:
-            most = self._settings.llm.start_wait_seconds
+    async def _wait_for_llm(self, chat: "Chat", *, may_refuse: bool) -> None:
+        most = self._settings.llm.start_wait_seconds
 
-            def announce(name: str, why: str) -> None:
-                self._is_heard.set()
-                if self._own_llm:
-                    log.info("local_llm_loading", endpoint=name, waits_s=most)
-                    return
-                advice = (
-                    "start its server, or name another endpoint; questions wait, then operators without an LLM propose"
-                )
-                log.warning("endpoint_not_ready", endpoint=name, reason=why, waits_s=most, advice=advice)
+        def announce(name: str, why: str) -> None:
+            self._is_heard.set()
+            if self._own_llm:
+                log.info("local_llm_loading", endpoint=name, waits_s=most)
+                return
+            advice = "start its server, or name another endpoint; after this time, operators without an LLM propose"
+            log.warning("endpoint_not_ready", endpoint=name, reason=why, waits_s=most, advice=advice)
 
-            await chat.wait_ready(announce, at_most=most, refuse=is_new)
+        try:
+            if self._settings.search.asks_llm:
+                await chat.wait_ready(announce, at_most=most, refuse=may_refuse)
+        finally:
+            self._is_heard.set()
 
     async def _check_lists(self, asking: asyncio.Task[None], chat: "Chat", units: int) -> None:
         """When an endpoint has answered, raise SettingsError if no endpoint has a context for lists of rates."""

@@ -94,7 +94,7 @@ class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
 
     start_wait_seconds: float = Field(default=600.0, ge=0)
     """Maximum seconds that questions wait at the start until an endpoint answers. After that, operators without an LLM
-    propose. What needs no answer is measured meanwhile."""
+    propose. Candidates that need no answer are measured meanwhile."""
     lessons: Path | None = None
     """Experimental: a text file of what earlier searches found, such as `runs/llama.md` for models of one family. The
     Initializer tells the LLM what the file says, so search.initializer must be `llm`. At its end, the search adds one

@@ -46,7 +46,8 @@ class SearchSettings(Section):
     followed by a new question at once. This keeps workers busy, but two runs with the same seed differ."""
     max_in_flight: PositiveInt | None = None
     """In `steady-state`, the maximum number of candidates that are asked for, queued or being measured at once. None
-    means as many as keep all workers busy: two per worker, and more if an answer takes longer than an evaluation."""
+    means as many as keep all workers busy: two per worker, and more if an answer takes longer than an evaluation. With
+    a number, each question asks for one candidate."""
     max_evaluations: PositiveInt | None = None
     """Maximum number of candidates, such as 200. The search ends at this number or after `rounds`, whichever comes
     first. None means no limit."""

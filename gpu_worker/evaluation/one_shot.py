@@ -117,19 +117,17 @@ def evaluate_model(
     progress("loading model", 0, 1)
     generates_text = saved_text is None and any(text.source == SELF for text in texts.values())
     measured = texts.keys() - {"calibration"}
+    read = {role: text for role, text in texts.items() if saved_text is None or role != "fitness"}
 
     def check(bare: LoadedModel) -> None:
-        if saved_text is None:
-            count_windows(bare, texts, seed, measured)
-        else:
-            check_length(bare, longest)
+        check_length(bare, longest)
+        count_windows(bare, read, seed, measured)
 
     model = load_model(name, dtype, Workload(longest, generates_text=generates_text), check)
     progress("loading model", 1, 1)
-    if saved_text is None:
-        windows = read_texts(model, texts, seed, progress, only=measured)
-    else:
-        windows = {"fitness": load_saved_text(saved_text, texts["fitness"], model.decoder.head.out_features)}
+    windows = read_texts(model, read, seed, progress, only=measured)
+    if saved_text is not None:
+        windows["fitness"] = load_saved_text(saved_text, texts["fitness"], model.decoder.head.out_features)
     start = time.perf_counter()
     value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
     seconds = time.perf_counter() - start

@@ -38,7 +38,7 @@ def count_windows(
     `model` may be without weights: text that it writes is not written. Raises DataError for a text that is too short or
     cannot be read, and for windows that are too long for the model.
     """
-    check_length(model, max(text.seqlen for text in texts.values()))
+    check_length(model, max((text.seqlen for text in texts.values()), default=0))
     found = load_roles(texts, seed, model.tokenizer, _unwritten, model.window_start, only)
     return {role: len(windows) for role, windows in found.items()}
 

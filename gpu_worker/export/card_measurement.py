@@ -68,7 +68,8 @@ class CardMeasurement:
             self._of_tokens("fitness", found.fitness_digest),
             self._of_tokens("report", found.report_digest),
         )
-        others = self.names if self.stated and fitness is None else None
+        is_other = fitness is None or (found.report_digest is not None and report is None)
+        others = self.names if self.stated and is_other else None
         return found.model_copy(
             update={"card_perplexity": fitness, "card_report_perplexity": report, "card_texts": others}
         )
@@ -124,12 +125,19 @@ def card_measurement(folder: str, data: str | None, report_data: str | None = No
         of_report = _windows_in_text_of("report", spec, facts.text_numbers)
         if report_data is not None:
             texts |= _read_from(report_data, of_report)
-        elif data is not None and _name(data) == _name(spec.report.source) != _name(name):
+        elif data not in (None, *NAMED_TEXTS) and _name(data) == _name(spec.report.source) != _name(name):
             # The measured text is called fitness in a result.
             texts = _read_from(data, _called_fitness(of_report))
             stated = {"fitness": stated["report"]} if "report" in stated else {}
-    elif report_data is not None:
+    elif report_data is not None and spec.report is None:
         texts["report"] = TextSpec(source=report_data, windows=None, seqlen=spec.fitness.seqlen)
+    elif (
+        report_data is not None
+        and texts["report"].place != texts["report"].model_copy(update={"source": report_data}).place
+    ):
+        raise SettingsError(
+            "on the model card, the report windows are from the text of --data: leave out --report-data"
+        )
     texts_on_card = [_name(text.source) for text in (spec.fitness, spec.report) if text is not None]
     names = None if "self" in texts_on_card else " and ".join(dict.fromkeys(texts_on_card))
     return replace(found, texts=texts, stated=stated, names=names)

@@ -243,4 +243,4 @@ def _of_the_hub(name: str, split: str) -> str:
 def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:
     longest = max(text.seqlen for text in roles.values())
     has = f"its {tokens:,} tokens make only {tokens // longest} windows of {longest}"
-    return f"the text {name!r} is too short: {has}, for {windows_in_words(roles)}"
+    return f"the text {name!r} is too short: {has} {windows_in_words(roles)}"

@@ -45,6 +45,9 @@ even if the server is down."""
 ALIVE_SECONDS = 5.0
 """Seconds between two touches of --alive-file."""
 
+PUBLISHED = "published as the worker's status"
+"""A note on an error that the daemon knows and logs."""
+
 log = structlog.get_logger()
 
 
@@ -70,16 +73,19 @@ class Worker:
         self._beats: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
-        """Work until `stop` is called. Raises UsageError for invalid input."""
+        """Work until `stop` is called. Raises UsageError for invalid input, with the note
+        PUBLISHED if it could be published.
+        """
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
-        if self._options.own_gpu:
-            log.info("gpu_taken", gpu=await take_gpu())
         living = asyncio.create_task(self._show_life_for_ever(self._options.alive_file))
         try:
+            if self._options.own_gpu:
+                log.info("gpu_taken", gpu=await take_gpu())
             await self._retry(lambda: check_server(self._redis))
             await self._work_and_beat()
         except UsageError as error:
-            await self._report_unusable(error)
+            if await self._report_unusable(error):
+                error.add_note(PUBLISHED)
             raise
         finally:
             living.cancel()
@@ -103,15 +109,17 @@ class Worker:
             with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # must not mask the original error
                 await self._queue.release()
 
-    async def _report_unusable(self, error: UsageError) -> None:
+    async def _report_unusable(self, error: UsageError) -> bool:
         """Publish the error as the worker's status, which expires after the length of a lease.
 
-        Waits at most IDLE_GRACE_SECONDS for a server that is down.
+        Waits at most IDLE_GRACE_SECONDS for a server that is down. Return whether it was published.
         """
         status = WorkerStatus(stage="unusable", detail=str(error).encode("utf-8", "backslashreplace").decode())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_GRACE_SECONDS):
                 await self._queue.beat(None, status.to_json())
+                return True
+        return False
 
     @property
     def stopping(self) -> bool:

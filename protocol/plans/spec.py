@@ -48,12 +48,12 @@ class TextSpec(Value):
 
 
 def windows_in_words(texts: Mapping[Role, TextSpec]) -> str:
-    """Describe the windows of texts, and what to do if they are too many."""
+    """Describe the windows that a text is too short for, and what to do."""
     each = [
-        f"{'all other' if text.windows is None else f'{text.windows:,}'} windows of {text.seqlen:,} for {role}"
+        f"{role}: {'all other' if text.windows is None else f'{text.windows:,}'} windows of {text.seqlen:,}"
         for role, text in texts.items()
     ]
-    return f"{', '.join(each)}: ask for fewer or shorter windows, or give a longer text"
+    return f"({', '.join(each)}); ask for fewer or shorter windows, or give a longer text"
 
 
 def number_texts(texts: Mapping[Role, Hashable]) -> dict[Role, int]:

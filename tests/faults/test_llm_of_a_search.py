@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from daemon.state.history import History, load_history
-from protocol.errors import SettingsError
+from protocol.errors import SettingsError, UsageError
 from protocol.plans.candidate import Measured
 from protocol.plans.profile import ModelProfile
 from protocol.queue.jobs import JobQueue
@@ -151,6 +152,23 @@ async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet
     async with ScriptedLlm(answers, port=port):
         summary = await running
     assert summary.candidates["by_source"]["llm"] > CANDIDATES / 2
+
+
+@fault("35", "the LLM comes late and refuses the key", "401", "refused, and refused again when run again")
+async def test_an_endpoint_that_comes_late_and_refuses_the_key_ends_the_search_each_time(daemon: Daemon) -> None:
+    async with ScriptedLlm() as llm:
+        port, endpoint = llm.port, settings_of(llm)
+    running = asyncio.create_task(daemon.run([endpoint], "llm.start_wait_seconds=60", "search.seeds=[uniform]"))
+    await eventually(partial(_has_candidates, daemon), 20)
+    async with ScriptedLlm(models=[refuses(401, "wrong key")] * 9, port=port) as llm:
+        with pytest.raises(UsageError, match="refuses the key"):
+            await running
+        with pytest.raises(UsageError, match="refuses the key"):
+            await daemon.run([endpoint], "llm.start_wait_seconds=60", "search.seeds=[uniform]")
+
+
+async def _has_candidates(daemon: Daemon) -> bool:
+    return bool((await daemon.history()).ledger)
 
 
 @fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, fallbacks go on")

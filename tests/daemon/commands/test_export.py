@@ -112,7 +112,7 @@ def test_the_text_of_a_card_is_looked_for_by_its_name(exports: Exports, monkeypa
     assert another["card_perplexity"] is None, "the card claims nothing of another text"
     assert another["card_texts"] == "data.txt"
     _, out, _ = exports.cli.run("evaluate", exports.out, "--data", "calibration.txt")
-    assert "the perplexities on the model card are of other tokens: give its texts (data.txt), without" in " ".join(
+    assert "is of other tokens than those of --data: give the card's texts (data.txt), without sizes" in " ".join(
         out.split()
     )
 

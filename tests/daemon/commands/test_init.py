@@ -88,7 +88,7 @@ def test_names_need_no_quoting(tmp_path: Path) -> None:
         (("--rate", "30%"), "it must be a number, such as 0.3"),
         (("--endpoint", "gpt"), "gpt"),
         (("--base-url", "http://llm:9000/v1"), "an endpoint of your own needs --llm-model"),
-        (("--data", "SHORT"), "3,000 bytes cannot give 163,840 tokens, for 128 windows of 1,024 for calibration, 16 "),
+        (("--data", "SHORT"), "3,000 bytes cannot give 163,840 tokens (calibration: 128 windows of 1,024, fitness: "),
         (("--endpoint", "other"), "needs --base-url and --llm-model"),
         (("--endpoint", "openai", "--api-key-file", "sk-secret"), "--api-key-file: there is no such file"),
     ],
@@ -118,7 +118,8 @@ def test_the_schema_names_every_setting_and_no_other(cli: Cli) -> None:
     assert named == {name for name in setting_names() if "[]" not in name}
     assert not any(part["additionalProperties"] for part in (schema, *sections.values()))
     rate = sections["target"]["properties"]["rate"]
-    assert (rate["exclusiveMinimum"], rate["maximum"]) == (0, 0.9) and "decoder layers" in rate["description"]
+    (number,) = (form for form in rate["anyOf"] if form["type"] == "number")
+    assert (number["exclusiveMinimum"], number["maximum"]) == (0, 0.9) and "decoder layers" in rate["description"]
 
 
 def test_settings_are_shown_without_keys(tmp_path: Path, cli: Cli) -> None:

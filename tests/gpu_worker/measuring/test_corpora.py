@@ -110,7 +110,7 @@ def test_the_digest_tells_whose_windows_they_are() -> None:
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_numbers(load: Load, text: str) -> None:
-    with pytest.raises(DataError, match=r"100 windows of 10.*90 windows of 10 for calibration, 11 windows of 10"):
+    with pytest.raises(DataError, match=r"100 windows of 10.*calibration: 90 windows of 10, fitness: 11 windows of 10"):
         load(part(text, 90), part(text, 11))
 
 
