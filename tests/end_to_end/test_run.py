@@ -319,6 +319,14 @@ async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run
     assert log.read_text().count("endpoint_not_ready") == 1
 
 
+async def test_what_only_a_worker_finds_out_is_said_once(run: Run) -> None:
+    process = await run.start("data.seqlen=300", "data.fitness_windows=2")
+    out, err = await asyncio.wait_for(process.communicate(), 120)
+    told = [line for line in (out + err).decode().splitlines() if line.startswith("selfpruner: ")]
+    assert process.returncode == 2
+    assert told == ["selfpruner: windows of 300 tokens are longer than the 256 positions that the model supports"]
+
+
 @pytest.mark.one_server
 async def test_a_run_on_a_server_of_the_users_ends_when_its_model_cannot_be_used(run: Run, server: Server) -> None:
     async with nothing_left_behind(run.folder):
