@@ -98,7 +98,7 @@ async def check(
     findings = [_files(settings)]
     said("reading the model's config and the texts")
     needs = await asyncio.to_thread(find_needs)
-    findings += [_model(needs), _texts(settings, needs), _memory(needs), _disk(settings, needs)]
+    findings += [_model(settings, needs), _texts(settings, needs), _memory(needs), _disk(settings, needs)]
     if settings.redis.full_url:
         findings.append(await _redis(settings.redis.full_url))
     seconds: float | None = None
@@ -134,12 +134,15 @@ def _files(settings: Settings) -> Finding:
     return Finding("files", "ok", "the files that the settings name are there")
 
 
-def _model(needs: Needs) -> Finding:
+def _model(settings: Settings, needs: Needs) -> Finding:
     if needs.model_error is not None:
         known = "; its published sizes are known, so the estimates below hold" if needs.shape else ""
         return Finding("model", "error", needs.model_error + known)
     assert needs.shape is not None
-    return Finding("model", "ok", f"{needs.shape.total_parameters / 1e6:,.0f}M parameters; {needs.shape.words}")
+    sizes = f"{needs.shape.total_parameters / 1e6:,.0f}M parameters; {needs.shape.words}"
+    if size := settings.target.size:
+        sizes += f"; {size.words} need a rate of {settings.target.known_rate}"
+    return Finding("model", "ok", sizes)
 
 
 def _texts(settings: Settings, needs: Needs) -> Finding:

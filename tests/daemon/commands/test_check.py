@@ -44,6 +44,14 @@ def test_a_search_that_can_run_is_estimated(cli: Cli, settings: dict[str, Any], 
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_rate_that_a_size_needs_is_said(cli: Cli, settings: dict[str, Any], tmp_path: Path) -> None:
+    del settings["target"]["rate"]
+    settings["target"]["parameters"] = 25_000
+    found = cli.answer("check", written(settings, tmp_path), "--no-ask")
+    (model,) = (each for each in found["findings"] if each["what"] == "model")
+    assert "25,000 parameters need a rate of 0." in model["says"]
+
+
 def test_texts_that_are_too_short_are_refused_with_the_table(
     cli: Cli, settings: dict[str, Any], tmp_path: Path
 ) -> None:
