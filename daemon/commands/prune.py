@@ -196,14 +196,13 @@ def prune_settings(model: str, size: Mapping[str, object], out: Path, search: Se
     given_size = [name for name, value in size.items() if value is not None]
     if len(given_size) != 1:
         raise SettingsError(f"give one of --rate, --memory and --parameters, not {' and '.join(given_size) or 'none'}")
-    target = {"target.model": model, **{f"target.{name}": value for name, value in size.items()}}
-    chosen: dict[str, Any] = dict(target)
+    chosen: dict[str, Any] = {"target.model": model, **{f"target.{name}": value for name, value in size.items()}}
     if (data := search.data) is not None:
         chosen |= {"data.calibration": data, "data.fitness": data, "data.report": search.report_data or data}
     elif search.report_data is not None:
         chosen["data.report"] = search.report_data
     with as_file(files("configs") / "best.yaml") as best:
-        usual = load(best, _given(target)).search.name
+        usual = load(best, _given({"target.model": model})).search.name
         if (budget := search.budget) is not None:
             without = _given(chosen | {"search.max_evaluations": None})
             given = load(config or best, without + overrides).search
