@@ -166,6 +166,21 @@ def test_tokens_that_are_kept_are_not_chosen_by_a_seed(self_export: Exports) -> 
     assert "--seed has no effect here" in self_export.refused("--seed", "1")
 
 
+def test_a_report_text_is_measured_beside_the_text_that_the_model_wrote(self_export: Exports) -> None:
+    alone, both = self_export.evaluated(), self_export.evaluated("--report-data", self_export.data)
+    assert both["perplexity"] == alone["perplexity"] and both["report_perplexity"] is not None
+
+
+def test_a_report_on_the_same_text_is_one_row_more_and_another_text_is_refused(exports: Exports) -> None:
+    exports.made("--report-data", exports.data, "--report-windows", "2")
+    facts = json.loads(exports.facts.read_text())
+    again = exports.evaluated("--data", exports.data, "--report-data", exports.data)
+    assert again["card_report_perplexity"] == facts["pruned_report"]["perplexity"]
+    other = exports.target / "calibration.txt"
+    told = exports.refused("--data", exports.data, "--report-data", other)
+    assert "the report windows are from the text of --data: leave out --report-data" in told
+
+
 def test_a_folder_for_llama_cpp_is_refused_as_what_it_is(exports: Exports) -> None:
     exports.cli.answer(*exports.of_self_text("--format", "gguf"))
     for options in ([], ["--data", exports.data], ["--data", exports.data, "--windows", "2"]):
