@@ -118,9 +118,10 @@ async def test_what_others_remove_or_change_is_noticed_and_written_anew(
     logged = lines_of(folder / "log.jsonl")
     told = [line for line in logged if line["event"] in ("folder_changed", "folder_not_written")]
     assert {line["event"] for line in told} == {"folder_changed"}
-    at_once = attack.startswith(("removes", "moves"))
-    assert len(told) <= (2 if at_once else len(FILES)), "two if the daemon looked at its files during the attack"
-    assert {name for line in told for name in line["files"]} == set(FILES)
+    names = [name for line in told for name in line["files"]]
+    assert set(names) == set(FILES) and len(told) <= len(FILES)
+    if attack.startswith(("removes", "moves")):  # it takes a moment, in which the daemon may look at its files
+        assert len(names) == len(FILES), "each file is told once"
     assert "folder_incomplete" not in {line["event"] for line in logged}
     if attack.startswith("links"):
         assert (folder.parent / "victim").read_text() == "mine"
