@@ -5,6 +5,7 @@ import math
 import torch
 
 from gpu_worker.models.loading import load_without_weights
+from gpu_worker.models.memory import kv_cache_bytes
 from gpu_worker.models.published import published_decoder
 from protocol.errors import ModelError, SettingsError
 from protocol.plans.rates import DECIMALS, HIGHEST_RATE
@@ -57,8 +58,7 @@ def parameters_in(size: Size, shape: ModelShape, dtype: Dtype) -> int:
 
 def cache_bytes(size: Size, shape: ModelShape, dtype: Dtype) -> int:
     """Return the bytes of the dense model's KV cache, which is at least as large as a pruned model's."""
-    per_token = sum(2 * layer.kv_heads * shape.head_dim for layer in shape.layers) * _item_bytes(dtype)
-    return per_token * size.context * size.batch
+    return size.batch * kv_cache_bytes(shape, _item_bytes(dtype), size.context)
 
 
 def _item_bytes(dtype: Dtype) -> int:

@@ -33,7 +33,7 @@ class CardMeasurement:
     seed: int
     dtype: Dtype
     stated: Mapping[Role, Stated] = field(default_factory=dict)
-    """By the role in `texts`. A card without figures states nothing."""
+    """What the card states for each role in `texts`; empty for a card without figures."""
     names: str | None = None
     """Names of the texts on the card."""
     saved_text: Path | None = None

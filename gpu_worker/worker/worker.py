@@ -73,8 +73,9 @@ class Worker:
         self._beats: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
-        """Work until `stop` is called. Raises UsageError for invalid input, with the note
-        PUBLISHED if it could be published.
+        """Work until `stop` is called.
+
+        Raises UsageError for invalid input, with the note PUBLISHED if it could be published.
         """
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
         living = asyncio.create_task(self._show_life_for_ever(self._options.alive_file))
