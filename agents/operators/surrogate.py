@@ -1,5 +1,7 @@
 """The surrogate: a Gaussian process that predicts the fitness of a plan from measured candidates. Pure.
 
+Candidates of searches at other rates count too. They differ only in how much their units lose.
+
 It predicts the rise: the log-perplexity minus the log-perplexity of the dense model, or the divergence itself if the
 search minimises divergence. Its inputs are the shares of parameters that each unit loses.
 
@@ -75,11 +77,14 @@ KERNELS: dict[Measure, Kernel] = {
 perplexity on a short text."""
 
 NOISE_PER_RISE = 0.1
-"""Standard deviation of additional noise, as a share of the difference between an outcome's rise and the lowest rise.
+"""Standard deviation of additional noise, as a share of the difference between an outcome's rise and the lowest rise
+at its rate.
 Worse candidates are thus noisier and count less, because predictions must be accurate near the best candidate."""
 STOPPED_STD = 0.05
 """Standard deviation of additional noise for a candidate that was stopped in its race, in units of the scale. Its
 fitness is estimated from a part of the windows, and some windows are easier than others."""
+MAX_ELSEWHERE = 100
+"""Maximum number of candidates of each search at another rate that are used, best first."""
 MAX_OUTCOMES = 500
 """Maximum number of measured candidates that are used, best first. With thousands, a prediction would take seconds."""
 
@@ -98,7 +103,8 @@ class Surrogate:
         self._dense = 0.0 if self._is_kl else math.log(view.profile.dense.perplexity)
         measured = view.measured[:MAX_OUTCOMES]
         stopped = [Member(tried.candidate, tried.fitness) for tried in view.recent if tried.stopped and tried.fitness]
-        members = (*measured, *stopped)
+        elsewhere = [members[:MAX_ELSEWHERE] for members in view.at_other_rates]
+        members = (*measured, *stopped, *(member for group in elsewhere for member in group))
         shares = np.array([self._shares(member.candidate.plan) for member in members])
         rises = np.array([self.rise(member) for member in members])
         self._observed = self._inputs(shares.reshape(len(members), len(self._sizes)))
@@ -107,8 +113,10 @@ class Surrogate:
         self._weights: Array = np.zeros(0)
         self._inverse: Array = np.zeros((0, 0))
         if members:
-            noise = (self._kernel.noise_std * self._scale) ** 2 + (NOISE_PER_RISE * (rises - rises.min())) ** 2
-            noise[len(measured) :] += (STOPPED_STD * self._scale) ** 2
+            counts = [len(measured) + len(stopped), *map(len, elsewhere)]
+            lowest = np.concatenate([np.full(len(part), part.min(initial=np.inf)) for part in _split(rises, counts)])
+            noise = (self._kernel.noise_std * self._scale) ** 2 + (NOISE_PER_RISE * (rises - lowest)) ** 2
+            noise[len(measured) : counts[0]] += (STOPPED_STD * self._scale) ** 2
             covariance = self._covariance(self._observed, self._observed) + np.diag(noise)
             self._inverse = np.linalg.inv(covariance)
             self._weights = self._inverse @ (rises - self._observed.prior)
@@ -229,6 +237,11 @@ class Surrogate:
 def surrogate_of(view: View) -> Surrogate:
     """Return the surrogate of a view, which is fitted once for all calls of a round."""
     return Surrogate(view)
+
+
+def _split(values: Array, counts: Sequence[int]) -> list[Array]:
+    """Return consecutive parts of `values` with these numbers of values."""
+    return np.split(values, np.cumsum(counts[:-1]))
 
 
 class _Inputs:

@@ -54,6 +54,9 @@ class View:
     """The rates of the best member of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
     """Returns the fitness of a candidate of an earlier round by its id; None if the candidate has no fitness."""
+    at_other_rates: tuple[tuple[Member, ...], ...] = ()
+    """The best members of each search that this search learns from (search.learn_from), best first. Their plans have
+    another pruning rate."""
     lessons: str = ""
     """What earlier searches found (llm.lessons)."""
     together: int = 1

@@ -16,7 +16,7 @@ from protocol.errors import DataError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype
 from protocol.results.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.results.formats import formats_of
-from protocol.runtime.paths import expanded, is_same_file
+from protocol.runtime.paths import check_model, expanded, is_same_file
 from protocol.runtime.signals import Interrupted
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
@@ -71,6 +71,13 @@ def finetune(
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    distil: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn the predictions of this model, the dense one, instead of the data's next tokens: a Hugging "
+            "Face name, a folder, a GGUF file, or `smollm2`."
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights of the projections instead of LoRA.")] = False,
     max_minutes: Annotated[
         float | None,
@@ -100,12 +107,15 @@ def finetune(
 
     After an interruption, the same command resumes from its checkpoint, which is beside --out.
     """
-    recipe, formats = recipe_of(data, how, full=full, seed=seed), formats_of(format_ or [])
+    recipe = recipe_of(data, how, full=full, distils=distil is not None, seed=seed)
+    formats = formats_of(format_ or [])
     check_minutes("--max-minutes", max_minutes)
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
         raise SettingsError("--eval-windows and --eval-seqlen need --eval-data")
     if is_same_file(str(folder), str(out)):
         raise SettingsError(f"--out {out} is the folder to train from: give another folder, which will be created")
+    if distil is not None:
+        check_model(distil)
     data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
     check_apart("--data", data, "--eval-data", eval_data)
     from gpu_worker.export.folder import formats_in
@@ -125,6 +135,7 @@ def finetune(
                 data=data,
                 recipe=recipe,
                 out=expanded(out),
+                teacher=distil,
                 formats=formats,
                 gguf_type=gguf_type,
                 force=force,
@@ -139,7 +150,7 @@ def finetune(
     print_result(result.model_dump(mode="json"), json_, lambda: tables.finetuned(result))
 
 
-def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
+def recipe_of(data: str, how: RecipeFlags, *, full: bool, distils: bool, seed: int) -> Recipe:
     """Return the recipe from the flags. Raises SettingsError for flags that are invalid or have no effect."""
     given: dict[str, Any] = {name: value for name, value in asdict(how).items() if value is not None}
     if full:
@@ -148,7 +159,7 @@ def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
                 raise SettingsError(f"--{name} has no effect here: --full trains without LoRA")
     defaults = SIZES[form_of(data)] | {"learning_rate": LEARNING_RATES[full]}
     try:
-        return Recipe(**defaults | given, method="full" if full else "lora", seed=seed)
+        return Recipe(**defaults | given, method="full" if full else "lora", distils=distils, seed=seed)
     except ValidationError as error:
         raise SettingsError(validation_sentence(error)) from error
 

@@ -60,6 +60,10 @@ class FinetuneFlags:
 
     finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tune with LoRA after pruning.")] = False
     finetune_data: Annotated[str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` by default.")] = None
+    finetune_distil: Annotated[
+        bool,
+        typer.Option("--finetune-distil", help="Learn the dense model's predictions, not the data's next tokens."),
+    ] = False
     finetune_minutes: Annotated[float | None, typer.Option(help="Maximum training time in minutes.")] = None
     finetune_micro_batch: Annotated[
         int | None, typer.Option(help="As `finetune --micro-batch`; lower it to save memory.")
@@ -171,7 +175,7 @@ def _result(
 
 def _check_needed(given: FinetuneFlags) -> None:
     """Raise SettingsError if a flag of fine-tuning is given without --finetune."""
-    names = [name for name, value in asdict(given).items() if value is not None and name != "finetune"]
+    names = [name for name, value in asdict(given).items() if value not in (None, False) and name != "finetune"]
     if names and not given.finetune:
         raise SettingsError(f"--{names[0].replace('_', '-')} needs --finetune")
 
@@ -184,7 +188,7 @@ def finetune_recipe(data: str, given: FinetuneFlags, settings: Settings) -> Reci
         micro_batch=RecipeFlags.micro_batch if micro_batch is None else micro_batch,
         learning_rate=given.finetune_learning_rate,
     )
-    return recipe_of(data, how, full=False, seed=settings.search.seed)
+    return recipe_of(data, how, full=False, distils=given.finetune_distil, seed=settings.search.seed)
 
 
 def prune_settings(model: str, size: Mapping[str, object], out: Path, search: SearchFlags) -> Settings:

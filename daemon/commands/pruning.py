@@ -25,9 +25,10 @@ from daemon.monitor.remote import best_so_far
 from daemon.monitor.searched import record_of_best, search_summary
 from daemon.settings.packages import need
 from protocol.errors import SettingsError
-from protocol.plans.allocation import Method
+from protocol.plans.allocation import Method, PruningRequest
 from protocol.plans.any_heads import Heads
 from protocol.plans.spec import Dtype, Measure
+from protocol.results.commands import SearchSummary
 from protocol.results.formats import FACTS, Destination, formats_of, gguf_type_of
 from protocol.runtime.paths import expanded
 
@@ -126,6 +127,23 @@ def evaluate(
     print_result(result.model_dump(mode="json"), json_, lambda: tables.evaluation(result))
 
 
+def _searched(
+    search: str, rate: float | None, redis_url: str | None, folder: Path
+) -> tuple[PruningRequest, SearchSummary | None]:
+    """Return the request for a search's best, or for a rate of a front, and what its export says of the search."""
+    if rate is not None:
+        from daemon.launch.front import read_front, request_at
+
+        front = read_front(folder / search)
+        search = next((point.search for point in front.points if point.rate == rate), "")
+        if not search:
+            return request_at(folder / front.name, front, rate), None
+    best = asyncio.run(best_so_far(search, redis_url, folder))
+    record = record_of_best(folder / search, str(best.record.get("id")))
+    searched = None if record is None else search_summary(record.summary, record)
+    return request_of_search(best.record, best.origin), searched
+
+
 def _check_holds_model(folder: Path) -> None:
     """Raise SettingsError for a folder without a model. This error comes before those about missing texts."""
     if not folder.exists():
@@ -155,21 +173,19 @@ def export(
 ) -> None:
     """Export a pruned model: the best of a search, or one pruned with --allocate or --rates.
 
+    After a search at several rates (target.rates), --rate takes any rate from the lowest to the highest of them.
     Without --data and --calibration-data, the model is scored and measured on text that it generates.
     """
     formats = formats_of(format_ or ["hf"])
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
     searched = None
     if search is not None:
-        if model is not None or choice != flags.ChoiceFlags():
+        if model is not None or choice != flags.ChoiceFlags(rate=choice.rate):
             raise SettingsError(
                 "--search determines the model and its rates: leave out --model, --allocate and --rates"
             )
         refuse_given("--search prunes with the search's settings", texts, how, options)
-        best = asyncio.run(best_so_far(search, redis_url, folder))
-        request = request_of_search(best.record, best.origin)
-        if (record := record_of_best(folder / search, str(best.record.get("id")))) is not None:
-            searched = search_summary(record.summary, record)
+        request, searched = _searched(search, choice.rate, redis_url, expanded(str(folder)))
     elif model is not None:
         request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
     else:

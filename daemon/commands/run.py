@@ -10,10 +10,14 @@ import typer
 
 from daemon.commands import flags
 from daemon.commands.output import name_charts, print_json, stdout_console
+from daemon.monitor.front import FRONT_CHART, show_front
 from daemon.monitor.summary import Summary, show
+from daemon.settings.settings import Settings
 from daemon.settings.sources import load, load_or_quickstart
 from protocol.errors import SelfPrunerError
 from protocol.runtime import logs
+
+NOTHING_MEASURED = "no candidate could be measured; evaluations.jsonl and the log say why"
 
 log = structlog.get_logger()
 
@@ -27,11 +31,34 @@ def run(
     from daemon.launch.run import run_here  # not at the start of every command: it takes a fifth of that time
 
     settings = load_or_quickstart(config, set_ or [])
+    if settings.target.rates:
+        raise typer.Exit(_run_front(settings, json_=json_))
     summary, interrupted = run_here(settings)
     code = _finish(summary, interrupted, _print_json if json_ else _print_table)
     if summary and not json_:
         name_charts(settings)
     raise typer.Exit(code)
+
+
+def _run_front(settings: Settings, *, json_: bool) -> int:
+    """Search at each rate of target.rates, show the front, and return the exit code."""
+    from daemon.launch.front import run_front
+    from daemon.launch.run import check_here, run_here
+
+    for each in settings.of_each_rate:
+        known = {"learn_from": settings.search.learn_from}  # the searches before it have not run yet
+        check_here(each.model_copy(update={"search": each.search.model_copy(update=known)}))
+    front, interrupted = run_front(settings, run_here)
+    if front is not None and json_:
+        print_json(front.model_dump())
+    elif front is not None:
+        show_front(front, stdout_console())
+        stdout_console().print(f"chart: {settings.folder / FRONT_CHART}", soft_wrap=True)
+    if interrupted is not None:
+        return 128 + interrupted
+    if front is not None and front.finished and all(point.best is None for point in front.points):
+        raise SelfPrunerError(NOTHING_MEASURED)
+    return 0
 
 
 def daemon(
@@ -79,5 +106,5 @@ def _finish(summary: Summary | None, interrupted: signal.Signals | None, show_it
     if interrupted is not None:
         return 128 + interrupted
     if summary is not None and summary.finished and summary.best is None:
-        raise SelfPrunerError("no candidate could be measured; evaluations.jsonl and the log say why")
+        raise SelfPrunerError(NOTHING_MEASURED)
     return 0

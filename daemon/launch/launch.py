@@ -16,6 +16,7 @@ from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text, page_file
 from daemon.launch.background import repair_forever, wait_for_profile, watch_workers
+from daemon.launch.front import read_other_rates
 from daemon.launch.lessons import TOLD, add_lesson, read_lessons
 from daemon.launch.llm import make_chat, read_replay, read_transcript
 from daemon.launch.usage import UsageTracker
@@ -88,6 +89,7 @@ class Launch:
         self._control = ControlWatcher(Control(self._redis, keys))
         self._replay = read_replay(settings)
         self._lessons = read_lessons(settings)
+        self._at_other_rates = read_other_rates(settings)
         self._journal = Journal(settings.folder)
         if access and access.token and access.kept_in:
             self._journal.keep(access.kept_in.name, kept_text(access.token), mode=TOKEN_MODE)
@@ -225,7 +227,7 @@ class Launch:
         fixes_length = llm.reply == "lists" or llm.proposals_per_call is not None
         search = Search(
             self._settings.search,
-            SearchState.of(self._spec, profile, history, self._lessons),
+            SearchState.of(self._spec, profile, history, self._lessons, self._at_other_rates),
             make_agents(self._settings.search, self._settings.llm, chat),
             queue,
             self._journal,

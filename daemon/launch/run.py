@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from daemon.http_api.token import Access, open_access
+from daemon.launch.front import read_other_rates
 from daemon.launch.launch import Launch
 from daemon.launch.lessons import read_lessons
 from daemon.launch.llm import read_replay, secrets_of
@@ -72,11 +73,16 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 
     Raises UsageError for invalid settings before anything is started.
     """
+    if settings.target.rates:
+        raise SettingsError(
+            "target.rates needs `selfpruner run`: workers elsewhere serve one search, so run a search for each rate"
+        )
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
     read_replay(settings)  # now, rather than when the folder of the search has been made
     read_lessons(settings)
+    read_other_rates(settings)
     if lacks_llm(settings):
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     check_trackers(settings)
@@ -101,6 +107,7 @@ def check_files(settings: Settings) -> None:
     check_trackers(settings)
     read_replay(settings)
     read_lessons(settings)
+    read_other_rates(settings)
     if lacks_llm(settings):
         find_gguf(settings.local_llm.gguf)
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 from daemon.monitor.drawing import (
     BLUE,
@@ -18,8 +19,9 @@ from daemon.monitor.drawing import (
     Scale,
     shade,
 )
+from daemon.monitor.front import Front, minimised
 from daemon.monitor.record import SearchRecord
-from daemon.monitor.summary import columns_of
+from daemon.monitor.summary import Row, columns_of
 from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import SOURCE_NAMES, Measured, Source
 from protocol.plans.shape import Unit
@@ -143,6 +145,46 @@ def draw_population(record: SearchRecord) -> Drawing:
         canvas.bar(LEFT + i * 3.6, below, 3.7, 10, shade(i / (SHADES - 1)))
     canvas.text(LEFT - 6, below + 9, "0 %", anchor="end", size=10)
     canvas.text(LEFT + 156, below + 9, f"{highest:.0%} removed, or more", size=10)
+    return canvas.drawing()
+
+
+def draw_front(front: Front) -> Drawing:
+    """Draw the best candidate of each rate, and uniform pruning, against the number of parameters that stay."""
+    of = minimised(front.fitness)
+    uniform = uniform_label(front.reconstruction)
+    curves: dict[str, list[Row | None]] = {
+        "best": [point.best for point in front.points],
+        uniform: [point.uniform for point in front.points],
+    }
+    found = {
+        name: [(row.parameters.total_after / 1e6, value) for row in rows if row and (value := of(row)) is not None]
+        for name, rows in curves.items()
+    }
+    label = MEASURE_NAMES[front.fitness]
+    said = "; ".join(f"{name}: {x:.1f} M {y:.4g}" for name, points in found.items() for x, y in points)
+    canvas = Canvas(WIDTH, 360, f"{front.model} at several rates", f"{label} against millions of parameters. {said}")
+    every = [point for points in found.values() for point in points]
+    if not every:
+        canvas.text(LEFT, 60, "no candidate has been measured yet")
+        return canvas.drawing()
+    dense = of(front.dense)
+    size = front.dense.parameters.total_before / 1e6
+    every += [(size, dense)] if dense is not None else []
+    xs, ys = [x for x, _ in every], [y for _, y in every]
+    x = Scale(min(xs) - 0.05 * (max(xs) - min(xs)), max(xs), LEFT, WIDTH - 165)
+    y = Scale(min(ys), max(ys) * 1.05, 300, 24)
+    _draw_axes(canvas, x, y, "millions of parameters", label)
+    for number, ((name, points), colour) in enumerate(zip(found.items(), (RED, BLUE), strict=True)):
+        line = sorted([*points, *([(size, dense)] if dense is not None else [])])
+        for (x1, y1), (x2, y2) in pairwise(line):
+            canvas.line(x(x1), y(y1), x(x2), y(y2), colour)
+        canvas.dots([(x(across), y(up)) for across, up in points], colour)
+        canvas.dots([(WIDTH - 150, 40 + 20 * number)], colour)
+        canvas.text(WIDTH - 140, 44 + 20 * number, name[:24], colour=colour)
+    for point in front.points:
+        if point.best is not None and (value := of(point.best)) is not None:
+            across = x(point.best.parameters.total_after / 1e6)
+            canvas.text(across, y(value) + 18, f"{point.rate:.0%} removed", anchor="middle", size=10)
     return canvas.drawing()
 
 

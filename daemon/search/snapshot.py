@@ -30,6 +30,7 @@ def view_of_round(state: SearchState, size: int, round_: int) -> View:
         measured=measured,
         recent=_recent(state, round_),
         start=first[0].candidate.rates if first else None,
+        at_other_rates=state.at_other_rates,
         lessons=state.lessons,
         fitness_of=partial(_fitness_of, state.population, before=round_),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from agents.population.population import Population
+from agents.population.view import Member
 from daemon.state.history import History
 from protocol.plans.candidate import AgentName, Candidate, KeptSelection
 from protocol.plans.profile import ModelProfile
@@ -73,6 +74,8 @@ class SearchState:
     """What the Selector chose, by round."""
     lessons: str = ""
     """What the LLM is told of earlier searches."""
+    at_other_rates: tuple[tuple[Member, ...], ...] = ()
+    """The best members of searches at other rates (search.learn_from)."""
     proposals: Proposals = field(init=False)
     """Counts of the candidates in the ledger."""
 
@@ -80,6 +83,14 @@ class SearchState:
         self.proposals = Proposals(self.ledger.values())
 
     @classmethod
-    def of(cls, spec: SearchSpec, profile: ModelProfile, history: History, lessons: str = "") -> Self:
+    def of(
+        cls,
+        spec: SearchSpec,
+        profile: ModelProfile,
+        history: History,
+        lessons: str = "",
+        at_other_rates: tuple[tuple[Member, ...], ...] = (),
+    ) -> Self:
         """Return the state of the search that earlier processes have recorded in `history`."""
-        return cls(spec, profile, history.ledger, history.population, history.selections, lessons)
+        kept = history.ledger, history.population, history.selections
+        return cls(spec, profile, *kept, lessons, at_other_rates)

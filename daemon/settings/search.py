@@ -62,6 +62,10 @@ class SearchSettings(Section):
     """Allocations included in the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner`,
     `sensitivity` and `rule`, such as `[rule, owl]`. `rule:FILE` takes the rule in a file, or the best rule in the
     rules.json of another search."""
+    learn_from: tuple[Annotated[str, AfterValidator(check_search_name)], ...] = ()
+    """Names of searches in run.folder that pruned the same model by other rates. The surrogate, which predicts the
+    fitness of moves and plans, learns from their outcomes, and the first `plans` are near their best candidates.
+    target.rates sets this."""
     proposer: ProposerName = "llm"
     """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without
     feedback), `random`, `evolution` (EvoPress) or `cma-es`. For those, search.initializer, selector, mutator and

@@ -1,6 +1,7 @@
 """All settings, with their meanings, units and defaults; daemon/settings/sources.py reads them."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -16,9 +17,12 @@ from daemon.settings.search import SearchSettings
 from daemon.settings.service import HttpSettings, RedisSettings, RunSettings, WorkerSettings
 from daemon.settings.target import DataSettings, TargetSettings, text_spec
 from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.queue.keys import check_search_name
 from protocol.runtime.logs import Redaction
 
 ENV_PREFIX = "SELFPRUNER_"
+FRONT_COST = 1.5
+"""Evaluations that the searches of several rates take together, divided by those of one search."""
 
 
 class Settings(BaseSettings):
@@ -66,6 +70,33 @@ class Settings(BaseSettings):
             report=self._text(self.data.report, self.data.report_windows) if self.data.report else None,
             dtype=self.target.dtype,
             seed=self.search.seed,
+        )
+
+    @property
+    def of_each_rate(self) -> "tuple[Settings, ...]":
+        """The settings of each search of target.rates; without rates, only these settings.
+
+        Each search learns from those before it, and has its share of the evaluations.
+        """
+        rates, search = self.target.rates, self.search
+        if not rates:
+            return (self,)
+        evaluations = search.planned if len(rates) == 1 else math.ceil(FRONT_COST * search.planned / len(rates))
+        names = [f"{search.name}-{rate:g}" for rate in rates]
+        return tuple(
+            self.model_copy(
+                update={
+                    "target": self.target.model_copy(update={"rate": rate, "rates": ()}),
+                    "search": search.model_copy(
+                        update={
+                            "name": check_search_name(name),
+                            "learn_from": (*search.learn_from, *names[:number]),
+                            "max_evaluations": max(evaluations, search.population),
+                        }
+                    ),
+                }
+            )
+            for number, (rate, name) in enumerate(zip(rates, names, strict=True))
         )
 
     def _text(self, source: str, windows: int | None) -> TextSpec:

@@ -75,12 +75,12 @@ def _check_text(value: Any, name: str) -> None:
 
 def _check_together(settings: Settings) -> None:
     """Raise SettingsError for settings of different sections that contradict each other."""
-    rate = settings.target.known_rate
-    if settings.search.lowest_rate > rate or settings.search.highest_rate < rate:
-        raise SettingsError(
-            f"target.rate {rate} cannot be reached with every unit between search.lowest_rate "
-            f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
-        )
+    for rate in settings.target.rates or (settings.target.known_rate,):
+        if settings.search.lowest_rate > rate or settings.search.highest_rate < rate:
+            raise SettingsError(
+                f"target.rate {rate} cannot be reached with every unit between search.lowest_rate "
+                f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
+            )
     priced = [endpoint for endpoint in settings.llm.endpoints if endpoint.price_in or endpoint.price_out]
     if settings.llm.budget_cost is not None and not priced:
         raise SettingsError("llm.budget_cost needs price_in and price_out at the endpoints that are not free")

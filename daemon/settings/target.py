@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
@@ -33,6 +33,10 @@ class TargetSettings(Section):
     parameters, to try things out)."""
     rate: Annotated[TargetRate, AfterValidator(_five_decimals)] | None = None
     """β: the share of the decoder layers' parameters to remove, above 0 and up to 0.9, such as 0.3."""
+    rates: tuple[Annotated[TargetRate, AfterValidator(_five_decimals)], ...] = ()
+    """In place of `rate`: several, such as `[0.2, 0.3, 0.4, 0.5]`. `selfpruner run` then searches for each of them in
+    turn, with the search's name and the rate as names; each search learns from those before it. Together they take 1.5
+    times the evaluations of one search."""
     parameters: Parameters | None = None
     """In place of `rate`: the most parameters that the pruned model may have, embeddings included, such as `5B`."""
     memory: Memory | None = None
@@ -47,13 +51,23 @@ class TargetSettings(Section):
     dtype: Dtype = "bfloat16"
     """Data type of weights and activations."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_replace_rate(cls, given: Any) -> Any:
+        """Let `rates` replace the rate of a file, so that one setting makes a front of a search."""
+        if isinstance(given, dict) and given.get("rates"):
+            return {name: value for name, value in given.items() if name != "rate"}
+        return given
+
     @model_validator(mode="after")
     def _has_one_size(self) -> "TargetSettings":
-        given = [name for name in ("rate", "parameters", "memory") if getattr(self, name) is not None]
+        given = [name for name in ("rate", "rates", "parameters", "memory") if getattr(self, name) not in (None, ())]
         if len(given) != 1:
             advice = "; `--set target.rate=null` removes the rate of a file" if "rate" in given else ""
             has = f"not {' and '.join(given)}{advice}" if given else "such as rate: 0.3"
-            raise ValueError(f"give one of rate, parameters and memory, {has}")
+            raise ValueError(f"give one of rate, rates, parameters and memory, {has}")
+        if list(self.rates) != sorted(set(self.rates)):
+            raise ValueError(f"rates must rise, without a rate twice: {sorted(set(self.rates))}")
         if self.context and self.memory is None:
             raise ValueError("context counts in memory: give memory, too")
         return self
@@ -67,9 +81,10 @@ class TargetSettings(Section):
 
     @property
     def known_rate(self) -> float:
-        """The rate that is given, or that `with_rate` has found for the size."""
-        assert self.rate is not None, "the settings are loaded, so that a size has its rate"
-        return self.rate
+        """The rate that is given, or that `with_rate` has found for the size; of several, the first."""
+        rate = self.rates[0] if self.rates else self.rate
+        assert rate is not None, "the settings are loaded, so that a size has its rate"
+        return rate
 
     def with_rate(self) -> "TargetSettings":
         """Return these settings with the rate that a size needs, if it is not known. Raises UsageError."""

@@ -27,13 +27,14 @@ from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import Limits, TrainingSetup, mean_losses, steps_of, train
 from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.measuring.half_precision import warn_if_slow
+from gpu_worker.models.families import Decoder
 from gpu_worker.models.identity import folder_identity
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.machine import this_machine
 from gpu_worker.models.memory import Training, Workload, estimate_memory
 from gpu_worker.models.placement import place
 from gpu_worker.progress import Progress, no_progress
-from protocol.errors import SettingsError
+from protocol.errors import ModelError, SettingsError
 from protocol.plans.plan import Plan
 from protocol.plans.spec import Dtype, Role
 from protocol.results.commands import FinetuneResult, SearchSummary
@@ -49,6 +50,8 @@ class FinetuneRequest:
     data: str
     recipe: Recipe
     out: Path
+    teacher: str | None = None
+    """The model whose predictions are learnt, if the recipe distils: usually the dense one."""
     formats: Formats = ()
     """Formats to write. Empty: the formats of `folder`."""
     gguf_type: GgufType | None = None
@@ -78,6 +81,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
     exported = read_exported(request.folder)
+    assert request.recipe.distils == (request.teacher is not None)
     recipe, formats, dtype = request.recipe, request.formats or exported.formats, _dtype(request, exported)
     destination = Destination(out, formats, gguf_type_of(formats, request.gguf_type), request.force)
     instructions = read_instructions(request.data, recipe)
@@ -85,6 +89,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     check_finetuning_disk(exported.facts.shape, stays, recipe, dtype, destination)
     with locked(folder_beside(out)):
         model = _load(request, exported, dtype, progress)
+        teacher = None if request.teacher is None else _load_teacher(request.teacher, model, recipe, dtype, progress)
         check_formats(model, formats, destination.gguf_type)
         data = prepare_data(request.data, instructions, model, recipe)
         eval_tokens = load_eval_texts(exported, model, request.asked)
@@ -92,10 +97,12 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         start = checkpoint.read() or State([], {})
         before = measure(model, eval_tokens, progress, "measuring before")
         with trained(model, recipe) as parameters:
-            state = train(TrainingSetup(model, parameters, data, recipe, request.limits), checkpoint, start, progress)
+            setup = TrainingSetup(model, parameters, data, recipe, request.limits, teacher)
+            state = train(setup, checkpoint, start, progress)
             count = parameters.count
+        del teacher, setup  # the memory is needed to measure and to write
         after = measure(model, eval_tokens, progress, "measuring after")
-        tuned = _finetuning(recipe, data, state, count, perplexity_changes(eval_tokens, before, after))
+        tuned = _finetuning(request, data, state, count, perplexity_changes(eval_tokens, before, after))
         facts = _facts(exported.facts, tuned, eval_tokens, dtype)
         measured = next(iter(eval_tokens.values()), None)  # the fitness text, if there is one
         content = ExportContent(model, facts)
@@ -126,8 +133,11 @@ def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dt
     pruned = shape if plan is None else shape.model_copy(update={"layers": pruned_sizes(plan)})
     workload = Workload(max(recipe.seqlen, longest), training=Training(recipe))
     machine = this_machine()
-    decoder = replace(bare.decoder, shape=pruned)
-    place(estimate_memory(decoder, getattr(torch, dtype), workload, machine.device), machine)
+    decoder, kind = replace(bare.decoder, shape=pruned), getattr(torch, dtype)
+    needed = estimate_memory(decoder, kind, workload, machine.device)
+    if recipe.distils:  # the dense model is loaded too; it runs when the activations of training are not needed
+        needed = replace(needed, weights=needed.weights + shape.total_parameters * kind.itemsize)
+    place(needed, machine)
 
 
 def _dtype(request: FinetuneRequest, exported: ExportedFolder) -> Dtype:
@@ -149,18 +159,30 @@ def _load(request: FinetuneRequest, exported: ExportedFolder, dtype: Dtype, prog
     return model
 
 
+def _load_teacher(teacher: str, model: LoadedModel, recipe: Recipe, dtype: Dtype, progress: Progress) -> Decoder:
+    """Load the model whose predictions `model` learns. Raises ModelError if they predict other tokens."""
+    progress("loading the teacher", 0, 1)
+    found = load_model(teacher, dtype, Workload(recipe.seqlen))
+    check_length(found, recipe.seqlen)
+    if found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise ModelError(f"{teacher!r} cannot teach this model: it has another vocabulary")
+    progress("loading the teacher", 1, 1)
+    return found.decoder
+
+
 def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtype: Dtype) -> dict[str, object]:
     """Return the settings that a checkpoint must match, by the names that messages use."""
     return {
         "model": folder_identity(request.folder)[:16],
         "data": data.digest[:16],
+        "teacher": request.teacher,
         "dtype": dtype,
         **recipe.model_dump(mode="json"),
     }
 
 
 def _finetuning(
-    recipe: Recipe,
+    request: FinetuneRequest,
     data: TrainingData,
     state: State,
     trained_parameters: int,
@@ -168,9 +190,10 @@ def _finetuning(
 ) -> Finetuning:
     first, last = mean_losses(state.losses)
     return Finetuning(
-        recipe=recipe,
+        recipe=request.recipe,
         data=data.name,
         form=data.form,
+        teacher=request.teacher and Path(request.teacher).name,
         examples=len(data.examples),
         steps=len(state.losses),
         tokens=sum(point.tokens for point in state.losses),

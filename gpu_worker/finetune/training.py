@@ -19,6 +19,7 @@ from gpu_worker.finetune.data import Example, TrainingData
 from gpu_worker.finetune.loss import summed_loss
 from gpu_worker.finetune.trainable import Trained
 from gpu_worker.models.errors import NotFiniteError
+from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import LOG_INTERVAL_SECONDS, Progress
 from protocol.results.finetuning import LossPoint, Recipe
@@ -44,6 +45,8 @@ class TrainingSetup:
     data: TrainingData
     recipe: Recipe
     limits: Limits
+    teacher: Decoder | None = None
+    """The model whose predictions are learnt, if the recipe distils."""
 
 
 def train(setup: TrainingSetup, checkpoint: Checkpoint, start: State, progress: Progress) -> State:
@@ -104,7 +107,7 @@ class _Run:
 
     def __init__(self, setup: TrainingSetup, start: State) -> None:
         self._model, self._trained, self._data = setup.model, setup.trained, setup.data
-        self._recipe, self._limits = setup.recipe, setup.limits
+        self._recipe, self._limits, self._teacher = setup.recipe, setup.limits, setup.teacher
         self._optimizer = torch.optim.AdamW(
             setup.trained.masters, lr=setup.recipe.learning_rate, weight_decay=setup.recipe.weight_decay, fused=True
         )
@@ -149,7 +152,7 @@ class _Run:
         loss = 0.0
         with torch.enable_grad():
             for examples in _micro_batches(batch, self._recipe.micro_batch):
-                part = summed_loss(self._model.decoder, examples) / tokens
+                part = summed_loss(self._model.decoder, examples, self._teacher) / tokens
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += part.item()
         norm = nn.utils.clip_grad_norm_(self._trained.masters, self._recipe.clip)

@@ -36,6 +36,8 @@ class Recipe(FiniteValue):
     """LoRA's update is scaled by alpha / rank."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on LoRA's inputs."""
+    distils: bool = False
+    """Whether the model learns the dense model's predictions, in place of the data's next tokens."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"
@@ -65,7 +67,8 @@ class LossPoint(Value):
     step: int
     """Number of the step, from 1."""
     loss: float
-    """Mean over the step's predicted tokens, in nats, before the update."""
+    """Mean over the step's predicted tokens, in nats, before the update: the negative log-likelihood, or in
+    distillation the divergence from the teacher."""
     learning_rate: float
     tokens: int
     """Number of tokens predicted in this step."""
@@ -89,6 +92,8 @@ class Finetuning(Value):
     data: str
     """The name of the data; for a file, the last part of its path."""
     form: Form
+    teacher: str | None = None
+    """Name of the model whose predictions were learnt; for a file or folder, the last part of its path."""
     examples: PositiveInt
     """Number of training examples."""
     steps: PositiveInt
