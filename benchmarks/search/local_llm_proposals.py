@@ -88,7 +88,7 @@ def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
     sensitivity = [
         s + (0.5 if unit.layer == 0 else 0.002 * unit.layer) for s, unit in zip(sensitivity, units, strict=True)
     ]
-    dense = DensePerplexity(perplexity=17.8, tokens=4096, seconds=1.0)
+    dense = DensePerplexity(perplexity=17.8, tokens=4096, windows=8, seconds=1.0)
     profile = ModelProfile(
         fingerprint=spec.fingerprint,
         model="SmolLM2-135M-Instruct",

@@ -14,7 +14,7 @@ from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Provenance
 from protocol.plans.plan import LayerPlan, Parameters
 from protocol.plans.shape import ModelShape
-from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec
+from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec, is_examples
 from protocol.results.commands import (
     AllocationResult,
     EvaluationResult,
@@ -329,6 +329,8 @@ def _parameters(parameters: Parameters) -> str:
 
 
 def _measured_on(source: str, tokens: int, seqlen: int) -> str:
+    if is_examples(source):
+        return f"measured on the answers of {_text_name(source)}: {tokens:,} tokens predicted"
     windows = tokens // (seqlen - 1)  # a window's first token is never predicted
     return (
         f"measured on {_text_name(source)}: {windows} window{'s' * (windows != 1)} of {seqlen} tokens, "

@@ -164,8 +164,7 @@ class Launch:
             may_refuse = not any(each.provenance.source in ("llm", "fallback") for each in history.ledger.values())
             asking = group.create_task(self._wait_for_llm(chat, may_refuse=True)) if may_refuse else None
             profile = await wait_for_profile(self._store)
-            windows = profile.dense.windows(self._spec.fitness.seqlen)
-            check_windows(self._settings.search, windows)
+            check_windows(self._settings.search, profile.dense.windows)
             if is_new:
                 check_budget(self._settings.search, profile.dense.tokens)
             units = len(profile.shape.units(self._spec.granularity))

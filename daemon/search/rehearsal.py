@@ -139,7 +139,7 @@ class _Stage:
         self.settings = settings
         spec = settings.spec()
         units = shape.units(spec.granularity)
-        dense = DensePerplexity(perplexity=8.0, tokens=1, seconds=1.0)
+        dense = DensePerplexity(perplexity=8.0, tokens=1, windows=1, seconds=1.0)
         profile = ModelProfile(
             fingerprint=spec.fingerprint,
             model=spec.model,

@@ -12,7 +12,7 @@ from daemon.settings.section import Section
 from protocol.errors import DataError
 from protocol.plans.rates import DECIMALS, TargetRate
 from protocol.plans.size import Memory, Parameters, Size
-from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, TextSpec, windows_in_words
+from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, TextSpec, is_examples, windows_in_words
 from protocol.runtime.paths import expanded
 
 MORE_TOKENS = 16
@@ -137,7 +137,8 @@ def check_text(source: str) -> None:
 
 def check_lengths(texts: Mapping[Role, TextSpec]) -> None:
     """Raise DataError for a text file that is certainly too short for the windows of all its roles together."""
-    for place in {text.place: None for text in texts.values() if text.source not in NAMED_TEXTS}:
+    files = [text for text in texts.values() if text.source not in NAMED_TEXTS and not is_examples(text.source)]
+    for place in {text.place: None for text in files}:
         roles = {role: text for role, text in texts.items() if text.place == place}
         tokens = sum((text.windows or 1) * text.seqlen for text in roles.values())
         try:

@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gpu_worker.measuring.divergence import (
     window_divergence,
 )
 from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, read, window_loss
+from gpu_worker.measuring.windows import on_device, predicted_counts
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import device_name
@@ -87,16 +89,16 @@ class Session:
     ) -> Measured | Stopped:
         """Measure as `evaluate` does, but stop as soon as the plan has lost its race."""
         decoder = self.target.model.decoder
-        windows = self._windows(text).to(decoder.device)
-        dense = self._predictions.get(text)
+        windows, dense = self._windows(text), self._predictions.get(text)
+        starts = [0, *accumulate(predicted_counts(windows))]
         start = time.perf_counter()
         self.target.prune(plan)
         seen = _Windows(decoder)
         with self.target.ordered.aligned():
-            for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
-                predicted = len(window) - 1
-                kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
-                seen.take(window[None], kept)
+            each = on_device(windows, decoder.device)
+            for i, window in enumerate(steps(progress, _measuring("pruned", text), each)):
+                kept = None if dense is None else dense.part(slice(starts[i], starts[i + 1]))
+                seen.take(window, starts[i + 1] - starts[i], kept)
                 if race is not None and race.is_decided_after(i + 1) and race.is_lost(seen.fitness()):
                     break
         figures: dict[str, Any] = {
@@ -153,7 +155,7 @@ class Session:
             else:
                 value, tokens = checked_perplexity(decoder, windows, progress, stage)
             seconds = time.perf_counter() - start
-            return DensePerplexity(perplexity=value, tokens=tokens, seconds=seconds), predictions
+            return DensePerplexity(perplexity=value, tokens=tokens, windows=len(windows), seconds=seconds), predictions
 
         keeps = self.spec.measure == "kl"
         key = self.target.key | {"predictions": keeps}
@@ -184,14 +186,14 @@ class _Windows:
         self._losses: list[Tensor] = []
         self._divergences: list[Tensor] = []
 
-    def take(self, window: Tensor, dense: DensePredictions | None) -> None:
-        """Measure a window [1, seqlen], including its divergence if its `dense` predictions are given."""
-        self._tokens.append(window.shape[1] - 1)
+    def take(self, window: Tensor, predicted: int, dense: DensePredictions | None) -> None:
+        """Measure a window [seqlen] with `predicted` tokens, and its divergence if `dense` predictions are given."""
+        self._tokens.append(predicted)
         if dense is None:
             with torch.inference_mode():
-                self._losses.append(window_loss(self._decoder, window))
+                self._losses.append(window_loss(self._decoder, window[None]))
         else:
-            loss, kl = window_divergence(self._decoder, window, dense)
+            loss, kl = window_divergence(self._decoder, [window], dense)
             self._losses.append(loss)
             self._divergences.append(kl)
 

@@ -13,7 +13,7 @@ from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_self
 from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS
 from gpu_worker.models.modeling import module_name
 from protocol.plans.allocation import uniform_label
-from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec
+from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec, is_examples
 from protocol.results.finetuning import Finetuning, Perplexities
 from protocol.results.formats import Formats
 
@@ -85,7 +85,7 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
     ]
     return [
         _Measured(
-            text=f"{_source(text)} ({role})",
+            text=f"{_source(text)} ({role}{', answers only' if is_examples(text.source) else ''})",
             tokens=(dense or pruned).tokens,  # type: ignore[union-attr]
             seqlen=text.seqlen,
             dense=_figure(dense),
@@ -181,10 +181,15 @@ def _scored_on(spec: SearchSpec) -> str:
     if spec.importance == "taylor":
         of_what = f"the first {GRADIENT_TOKENS} tokens of up to {GRADIENT_SAMPLES} windows"
         return f", gradients of {of_what} of {_source(spec.calibration)}"
-    return f", scored on {_text(spec.calibration)} (scoring: {spec.scoring})"
+    text = spec.calibration
+    windows = "all windows" if text.windows is None else f"{text.windows} windows"
+    return f", scored on {_source(text)}, {windows} of {text.seqlen} tokens (scoring: {spec.scoring})"
 
 
 def _text(spec: TextSpec) -> str:
+    if is_examples(spec.source):
+        count = "all examples" if spec.windows is None else f"{spec.windows} examples"
+        return f"{_source(spec)}, the answers of {count} of at most {spec.seqlen} tokens"
     windows = "all windows" if spec.windows is None else f"{spec.windows} windows"
     return f"{_source(spec)}, {windows} of {spec.seqlen} tokens"
 

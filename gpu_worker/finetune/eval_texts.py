@@ -11,6 +11,7 @@ from gpu_worker.export.facts import ExportFacts
 from gpu_worker.measuring.corpora import load_roles
 from gpu_worker.measuring.perplexity import checked_perplexity
 from gpu_worker.measuring.self_text import load_saved_text
+from gpu_worker.measuring.windows import predicted_tokens
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.errors import SettingsError
@@ -44,7 +45,7 @@ class EvalTokens:
     @property
     def predicted(self) -> int:
         """Return the number of predicted tokens."""
-        return self.windows.shape[0] * (self.windows.shape[1] - 1)
+        return predicted_tokens(self.windows)
 
 
 def requested_texts(spec: SearchSpec, asked: Mapping[Role, EvalText]) -> dict[Role, TextSpec]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpu_worker.finetune.data import Example
+from gpu_worker.measuring.examples import Example
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from gpu_worker.finetune.checkpoint import Checkpoint, State
-from gpu_worker.finetune.data import Example, TrainingData
+from gpu_worker.finetune.data import TrainingData
 from gpu_worker.finetune.loss import summed_loss
 from gpu_worker.finetune.trainable import Trained
+from gpu_worker.measuring.examples import Example
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.measuring.perplexity import perplexity_of
+from gpu_worker.measuring.windows import predicted_tokens, token_ids
 from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
@@ -91,7 +92,7 @@ def read_head(path: Path) -> Tensor:
 
 
 def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progress) -> float:
-    """Measure the perplexity of `windows` (long, [n, seqlen]) in llama.cpp, as gpu_worker.measuring.perplexity does.
+    """Measure in llama.cpp the perplexity of `windows` (long, [n, seqlen]) as gpu_worker.measuring.perplexity does.
 
     Only the product with the file's output head is computed here, in float32. Raises ModelError if llama.cpp cannot
     load the file, and NotFiniteError if the result is not finite.
@@ -99,12 +100,13 @@ def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progres
     head, total = read_head(path), 0.0
     with serving(path, context=windows.shape[1], hidden_states=True) as address:
         for window in steps(progress, "measuring in llama.cpp", windows):
-            total += _loss(hidden_states(address, window), head, window)
-    return perplexity_of(total, windows.shape[0] * (windows.shape[1] - 1))
+            total += _loss(hidden_states(address, token_ids(window)), head, window)
+    return perplexity_of(total, predicted_tokens(windows))
 
 
 def _loss(hidden: Tensor, head: Tensor, window: Tensor) -> float:
     """Return the summed loss of `window` [seqlen] in nats; logits are computed some rows at a time."""
     rows = max(1, LOGITS_CHUNK_BYTES["cpu"] // (4 * head.shape[0]))
-    parts = zip(torch.split(hidden[:-1], rows), torch.split(window[1:].cpu(), rows), strict=True)
+    which = window[1:] >= 0
+    parts = zip(torch.split(hidden[:-1][which], rows), torch.split(window[1:][which], rows), strict=True)
     return sum(F.cross_entropy(part @ head.t(), target, reduction="sum").item() for part, target in parts)

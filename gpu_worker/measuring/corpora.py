@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpu_worker.cache import remembered
+from gpu_worker.measuring.examples import Example, read_examples, tokenized
+from gpu_worker.measuring.windows import given
 from gpu_worker.models.checkpoints import reading, reason
 from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from protocol.errors import DataError
-from protocol.plans.spec import Role, TextSpec, windows_in_words
+from protocol.plans.spec import Role, TextSpec, is_examples, windows_in_words
 
 WIKITEXT2 = "wikitext2"
 C4 = "c4"
@@ -88,6 +90,9 @@ def load_roles(
     With `only`, the windows of all other roles are only reserved, and a source that only these roles use is not read.
     `start` replaces the first token of every window, which is context and never predicted. Some models predict badly
     without the token that started every text in training.
+
+    A file of examples (see measuring/examples.py) gives one window per example, of which only the answer is predicted
+    (see measuring/windows.py). For calibration, its examples are joined and cut like a text.
     """
     by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
     for role, text in texts.items():
@@ -96,13 +101,70 @@ def load_roles(
     for source, roles in by_source.items():
         if only is not None and roles.keys().isdisjoint(only):
             continue
+        if is_examples(source[0]):
+            shortest = min(text.seqlen for text in roles.values())
+            windows |= windows_of_examples(_examples(source[0], tokenizer, start, shortest), roles, seed, source[0])
+            continue
         length = max(text.seqlen for text in roles.values())
         tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
         windows |= split_by_role(tokens, roles, length, seed, source[0])
     if start is not None:
-        for tokens in windows.values():
-            tokens[:, 0] = start
+        for role, tokens in windows.items():
+            if role == "calibration" or not is_examples(texts[role].source):
+                tokens[:, 0] = start
     return windows
+
+
+def windows_of_examples(
+    examples: Sequence[Example], roles: dict[Role, TextSpec], seed: int, name: str
+) -> dict[Role, Tensor]:
+    """Distribute examples among roles by a seeded shuffle; a role that asks for all windows gets those left.
+
+    Calibration gets as many as fill its windows, all others one window per example. Raises DataError if there are too
+    few.
+    """
+    shuffled = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    windows: dict[Role, Tensor] = {}
+    for role, text in sorted(roles.items(), key=lambda each: each[1].windows is None):
+        taken: list[int] = []
+        if role == "calibration":
+            wanted, tokens = (text.windows or len(examples)) * text.seqlen, 0
+            while shuffled and tokens < wanted:
+                taken.append(shuffled.pop(0))
+                tokens += len(examples[taken[-1]].tokens)
+            enough = text.windows is None or tokens >= wanted
+        else:
+            count = len(shuffled) if text.windows is None else text.windows
+            taken, shuffled = shuffled[:count], shuffled[count:]
+            enough = bool(taken) and (text.windows is None or len(taken) == count)
+        if not enough:
+            asked = windows_in_words(roles)
+            raise DataError(f"{name!r} is too short: its {len(examples):,} examples are too few {asked}")
+        chosen = [examples[i] for i in (sorted(taken) if text.windows is None else taken)]
+        windows[role] = _joined(chosen, text.seqlen) if role == "calibration" else _filled(chosen, text.seqlen)
+    return windows
+
+
+def _joined(examples: Sequence[Example], seqlen: int) -> Tensor:
+    tokens = torch.cat([example.tokens for example in examples])
+    return cut(tokens[None], seqlen)
+
+
+def _filled(examples: Sequence[Example], seqlen: int) -> Tensor:
+    """Return a window [seqlen] for each example: the given prompt, the answer, and given tokens to fill it up."""
+    windows = given(torch.zeros(len(examples), seqlen, dtype=torch.long))
+    for window, example in zip(windows, examples, strict=True):
+        window[: example.first] = given(example.tokens[: example.first])
+        window[example.first : len(example.tokens)] = example.tokens[example.first :]
+    return windows
+
+
+def _examples(path: str, tokenizer: Any, start: int | None, seqlen: int) -> list[Example]:
+    found = [tokenized(each, tokenizer, start, seqlen) for each in read_examples(Path(path))]
+    kept = [example for example in found if example.predicted > 0]
+    if not kept:
+        raise DataError(f"no answer of {path!r} starts within {seqlen} tokens: increase seqlen")
+    return kept
 
 
 def split_by_role(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:

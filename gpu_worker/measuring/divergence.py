@@ -6,13 +6,14 @@ a lower bound of the divergence over the whole vocabulary, and exact for vocabul
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpu_worker.measuring.perplexity import final_hidden, logit_chunks, perplexity_of, read
+from gpu_worker.measuring.windows import on_device, predicted_tokens
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import KL_TOP_K
@@ -103,33 +104,36 @@ def dense_predictions(
     *,
     top: int = KL_TOP_K,
 ) -> tuple[DensePredictions, float, int]:
-    """Return the dense model's predictions for `windows` (long, [n, seqlen]), its perplexity and the number of tokens.
+    """Return the dense model's predictions for `windows`, its perplexity and the number of predicted tokens.
+
+    The windows are long, [n, seqlen], on the CPU.
 
     Raises NotFiniteError if the perplexity is not finite.
     """
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    tokens = predicted_tokens(windows)
     head = decoder.head
     kept = DensePredictions.empty(tokens, min(top, head.out_features), head.weight.dtype)
     losses = []
     with torch.inference_mode():
-        for chunk in _chunks(decoder, windows, progress, stage):
+        each = steps(progress, stage, on_device(windows, decoder.device))
+        for chunk in _chunks(decoder, each):
             losses.append(chunk.loss)
             kept.keep(chunk)
     return kept, perplexity_of(sum(read(losses)), tokens), tokens
 
 
 def divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> Divergence:
-    """Measure the divergence of the model's predictions for `windows` (long, [n, seqlen]) from the `dense` predictions.
+    """Measure the divergence of the predictions for `windows` (long, [n, seqlen], on the CPU) from those of `dense`.
 
     Raises NotFiniteError if the perplexity or the divergence is not finite.
     """
-    loss, kl = read(window_divergence(decoder, windows, dense))
+    loss, kl = read(window_divergence(decoder, on_device(windows, decoder.device), dense))
     tokens = len(dense.tokens)
     return Divergence(perplexity_of(loss, tokens), mean_divergence(kl, tokens), tokens)
 
 
-def window_divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> tuple[Tensor, Tensor]:
-    """Return the loss and the divergence of the predictions for `windows` (long, [n, seqlen]), summed over tokens.
+def window_divergence(decoder: Decoder, windows: Iterable[Tensor], dense: DensePredictions) -> tuple[Tensor, Tensor]:
+    """Return the loss and the divergence of the predictions for `windows` (each long, [seqlen]), summed over tokens.
 
     Both are fp64 scalars in nats on the head's device (see `perplexity.read`).
     """
@@ -216,14 +220,13 @@ class _Chunk:
         return torch.cat([kept, others[:, None]], dim=-1) - self.log_total[:, None]
 
 
-def _chunks(
-    decoder: Decoder, windows: Tensor, progress: Progress = no_progress, stage: str = "measuring"
-) -> Iterator[_Chunk]:
+def _chunks(decoder: Decoder, windows: Iterable[Tensor]) -> Iterator[_Chunk]:
     """Yield the model's predictions for each window in turn."""
     start = 0
-    for window in steps(progress, stage, windows.to(decoder.device)):
-        yield from _chunks_of(decoder, final_hidden(decoder, window[None]), window[None], start)
-        start += len(window) - 1
+    for window in windows:
+        for chunk in _chunks_of(decoder, final_hidden(decoder, window[None]), window[None], start):
+            start = chunk.rows.stop
+            yield chunk
 
 
 def _chunks_of(decoder: Decoder, hidden: Tensor, windows: Tensor, start: int = 0) -> Iterator[_Chunk]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpu_worker.measuring.windows import on_device, predicted_tokens, token_ids
 from gpu_worker.models.attention import whole_windows
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
@@ -17,14 +18,15 @@ from gpu_worker.progress import Progress, no_progress, steps
 def perplexity(
     decoder: Decoder, windows: Tensor, progress: Progress = no_progress, stage: str = "measuring"
 ) -> tuple[float, int]:
-    """Return the perplexity of `windows` (long, [n, seqlen]) and its number of predicted tokens, n × (seqlen − 1).
+    """Return the perplexity of `windows` (long, [n, seqlen], on the CPU) and its number of predicted tokens.
 
     The mean is over tokens, as in transformers' `labels=` loss; a window's first token is never predicted.
     Raises NotFiniteError if the result is not finite.
     """
     with torch.inference_mode():
-        losses = [window_loss(decoder, window[None]) for window in steps(progress, stage, windows.to(decoder.device))]
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+        each = steps(progress, stage, on_device(windows, decoder.device))
+        losses = [window_loss(decoder, window[None]) for window in each]
+    tokens = predicted_tokens(windows)
     return perplexity_of(sum(read(losses)), tokens), tokens
 
 
@@ -55,9 +57,9 @@ def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, st
     tokens = 0
     for window in steps(progress, stage, windows):
         value, counted = perplexity(decoder, window[None])
-        losses.append(math.log(value))
+        losses.append(math.log(value) * counted)
         tokens += counted
-    return math.exp(math.fsum(losses) / len(losses)), tokens
+    return math.exp(math.fsum(losses) / tokens), tokens
 
 
 def window_loss(decoder: Decoder, window: Tensor) -> Tensor:
@@ -73,7 +75,8 @@ def window_loss(decoder: Decoder, window: Tensor) -> Tensor:
 def final_hidden(decoder: Decoder, window: Tensor) -> Tensor:
     """Return the body's final hidden states [batch, seqlen, hidden size] of `window` [batch, seqlen]."""
     with whole_windows(decoder):
-        hidden: Tensor = decoder.body(input_ids=window.to(decoder.device), use_cache=False).last_hidden_state
+        ids = token_ids(window).to(decoder.device)
+        hidden: Tensor = decoder.body(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -91,11 +94,16 @@ def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> Tensor:
 def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits [rows, vocabulary] and actual tokens [rows] of chunks of the predictions for `window`, in order.
 
+    Tokens that are given are left out, if `window` is on the CPU, where windows with such tokens are (see `on_device`).
+
     Logits of all tokens at once would take gigabytes. They are computed in the model's dtype and yielded in fp32 on the
     head's device, which may differ from the last layer's if the model is spread over several GPUs.
     """
-    states = hidden[:, :-1].flatten(0, 1).to(decoder.head.weight.device)
-    targets = window[:, 1:].flatten().to(states.device)
+    states, targets = hidden[:, :-1].flatten(0, 1), window[:, 1:].flatten()
+    if targets.device.type == "cpu" and not bool((which := targets >= 0).all()):
+        states, targets = states[which.to(states.device)], targets[which]
+    states = states.to(decoder.head.weight.device)
+    targets = targets.to(states.device)
     rows = max(
         1, LOGITS_CHUNK_BYTES.get(states.device.type, LOGITS_CHUNK_BYTES["cuda"]) // (4 * decoder.head.out_features)
     )

@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from protocol.errors import UsageError
 from protocol.plans.shape import ModelShape
@@ -14,11 +14,8 @@ class DensePerplexity(FiniteValue):
 
     perplexity: PositiveFloat
     tokens: NonNegativeInt
+    windows: PositiveInt
     seconds: float
-
-    def windows(self, seqlen: int) -> int:
-        """Return how many windows of `seqlen` tokens were measured; the first token of each is not predicted."""
-        return self.tokens // (seqlen - 1)
 
 
 class ModelProfile(FiniteValue):

@@ -33,11 +33,19 @@ NAMED_TEXTS = ("wikitext2", "c4", "self")
 """Texts that are not files: two from the hub, and the text that the dense model generates."""
 
 
+def is_examples(source: str) -> bool:
+    """Return whether a text is a file of examples, each a prompt with an answer."""
+    return Path(source).suffix.lower() in (".json", ".jsonl")
+
+
 class TextSpec(Value):
-    """A text cut into windows of `seqlen` tokens. `windows` None means all whole windows, in order."""
+    """A text cut into windows of `seqlen` tokens. `windows` None means all whole windows, in order.
+
+    A file of examples has a window for each of them.
+    """
 
     source: str
-    """`wikitext2`, `c4`, `self`, or the path of a text file."""
+    """`wikitext2`, `c4`, `self`, or the path of a text file, or of a file of examples."""
     windows: PositiveInt | None
     seqlen: int = Field(ge=2)
 

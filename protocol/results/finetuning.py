@@ -1,11 +1,10 @@
 """The fine-tuning recipe of a pruned model, and the record of it in the exported folder."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from protocol.plans.spec import TextSpec
+from protocol.plans.spec import TextSpec, is_examples
 from protocol.plans.value import FiniteValue, Value
 
 ALPACA_GPT4 = "alpaca-gpt4"
@@ -22,8 +21,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 def form_of(source: str) -> Form:
     """Return the form of the data: ALPACA_GPT4, .json and .jsonl files are instructions, everything else is text."""
-    is_alpaca = source == ALPACA_GPT4 or Path(source).suffix.lower() in (".json", ".jsonl")
-    return "alpaca" if is_alpaca else "text"
+    return "alpaca" if source == ALPACA_GPT4 or is_examples(source) else "text"
 
 
 class Recipe(FiniteValue):

@@ -34,7 +34,7 @@ PROFILE = ModelProfile(
     fingerprint=SPEC.fingerprint,
     model="tiny",
     shape=SHAPE,
-    dense=DensePerplexity(perplexity=10.0, tokens=62, seconds=0.1),
+    dense=DensePerplexity(perplexity=10.0, tokens=62, windows=2, seconds=0.1),
     dense_report=None,
     sensitivity=(0.4, 0.1, 0.1, 0.2),
     texts="0" * 16,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.finetune.data import Instruction, TrainingData, prepare_data, read_instructions
+from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
 from gpu_worker.finetune.loss import summed_loss
 from gpu_worker.measuring import corpora
+from gpu_worker.measuring.examples import Instruction
 from protocol.errors import DataError
 from protocol.results.finetuning import Recipe, form_of
 from tests.support.tiny_models import byte_tokenizer, tiny_llama, tiny_model
@@ -46,7 +47,7 @@ def test_only_the_answer_is_predicted_and_the_end_of_the_text(tmp_path: Path, na
 
 
 def test_long_examples_are_cut_and_those_without_an_answer_left_are_dropped(tmp_path: Path) -> None:
-    first = len(Instruction.model_validate(ROWS[1]).prompt)
+    first = len(Instruction.model_validate(ROWS[1]).parts()[0])
     source = written(tmp_path, "rows.json", json.dumps([ROWS[1], {**ROWS[1], "instruction": "Sing " * 99}]))
     data = prepared(source, Recipe(seqlen=first + 1))
     assert [example.predicted for example in data.examples] == [1]
@@ -85,15 +86,15 @@ GOOD = '{"instruction": "a", "output": "b"}'
     ("name", "content", "sentence"),
     [
         ("a.jsonl", f'{GOOD}\n{{"instruction": "a"}}', "line 2 of .* has no 'output': it must"),
-        ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an 'output' that is not a string"),
+        ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an invalid 'output'"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oh', "line 3 of .*not valid JSON"),
         ("a.jsonl", "[1]", "line 1 of .*not an object"),
         ("a.json", '[{"instruction": "a", "output": "b"}, 7]', "entry 2 of .*not an object"),
         ("a.json", '[\n{"instruction": "a", "output": null}]', "entry 1 of .*output"),
         ("a.json", '[\n{"instruction": }]', "line 2 of .*not valid JSON"),
         ("a.json", '{"instruction": "a", "output": "b"}', "not a JSON list"),
-        ("a.json", "[]", "no instructions"),
-        ("a.jsonl", "", "no instructions"),
+        ("a.json", "[]", "no examples"),
+        ("a.jsonl", "", "no examples"),
         ("a.json", "[" * 100_000, "line 1 of .*not valid JSON"),
     ],
 )
@@ -106,7 +107,7 @@ def test_so_many_examples_are_picked_by_the_seed(tmp_path: Path) -> None:
     rows = [{"instruction": str(i), "output": "b"} for i in range(50)]
     source = written(tmp_path, "rows.json", json.dumps(rows))
     picked = (read_instructions(source, Recipe(examples=5, seed=seed)) for seed in (1, 1, 2))
-    some, same, others = ([row.instruction for row in rows or ()] for rows in picked)
+    some, same, others = ([row.instruction for row in rows or () if isinstance(row, Instruction)] for rows in picked)
     assert len(some) == 5 and some == same and some != others
     assert len(prepared(written(tmp_path, "a.txt", "abcdefgh" * 20), Recipe(seqlen=16, examples=3)).examples) == 3
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.export.exported_folder import read_exported
-from gpu_worker.finetune.data import Example
 from gpu_worker.finetune.loss import summed_loss
+from gpu_worker.measuring.examples import Example
 from gpu_worker.models import limits
 from gpu_worker.models.loading import load_model
 from protocol.errors import ModelError
