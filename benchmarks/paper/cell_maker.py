@@ -30,6 +30,7 @@ ALLOCATIONS: dict[Method, tuple[str, str, str]] = {
     "wanda-sp-any-heads": ("uniform", "wanda-sp", "dense"),
     "wanda-sp-sequential": ("uniform", "wanda-sp", "sequential"),
     "owl": ("owl", "wanda-sp", "dense"),
+    "mip": ("mip", "wanda-sp", "dense"),
 }
 """Rates, importance and scoring of each method without a search. All use the split `equal`, as in the paper."""
 MASKED: tuple[Method, ...] = ("wanda-sp-any-heads",)

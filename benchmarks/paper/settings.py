@@ -26,6 +26,7 @@ Method = Literal[
     "wanda-sp-any-heads",
     "wanda-sp-sequential",
     "owl",
+    "mip",
     "self-pruner",
     "self-pruner-best",
 ]

@@ -17,6 +17,7 @@ LABELS: dict[Method, str] = {
     "wanda-sp-any-heads": "Wanda-sp (any heads)",
     "wanda-sp-sequential": "Wanda-sp (sequential)",
     "owl": "OWL",
+    "mip": "MIP",
     "self-pruner": "Self-Pruner",
     "self-pruner-best": "Self-Pruner (best)",
 }

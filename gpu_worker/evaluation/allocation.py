@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from gpu_worker.evaluation.integer_program import mip_rates
 from gpu_worker.evaluation.target import Target, is_fitted
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
@@ -78,6 +79,8 @@ def allocate(target: Target, allocation: Allocation) -> tuple[float, ...]:
     feature that this spec does not have.
     """
     spec, shape = target.spec, target.shape
+    if allocation.method == "mip":
+        return mip_rates(target.levels(), spec, shape)
     units = shape.units(spec.granularity)
     needed = allocation.rule.features if allocation.method == "rule" else {allocation.method}
     rises: tuple[float, ...] = ()

@@ -6,6 +6,7 @@ to window more than within a window, so it is measured on the beginnings of many
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,20 +29,27 @@ from protocol.results.needs import SENSITIVITY_TOKENS
 def measure_sensitivity(
     ordered: OrderedModel, spec: SearchSpec, text: Tensor, progress: Progress = no_progress
 ) -> tuple[float, ...]:
-    """Return KL(dense ‖ pruned) in nats per token for each unit, pruned alone by the spec's rate.
+    """Return KL(dense ‖ pruned) in nats per token for each unit, pruned alone by the spec's rate; see `measure_harm`."""
+    shape = ordered.decoder.shape
+    pruned = [(unit, single_unit_plan(unit, spec, shape)) for unit in shape.units(spec.granularity)]
+    return tuple(measure_harm(ordered, pruned, text, progress, "measuring sensitivity"))
+
+
+def measure_harm(
+    ordered: OrderedModel, pruned: Sequence[tuple[Unit, LayerPlan]], text: Tensor, progress: Progress, stage: str
+) -> list[float]:
+    """Return KL(dense ‖ pruned) in nats per token for each of some layer plans, each alone in the dense model.
 
     Measured on `beginnings` of `text` (long, [n, seqlen]). If the head is large beside the decoder layers, predictions
-    are compared at every second token, or fewer (`_stride`). The dense
-    outputs of the layers below the pruned layer are reused; only the pruned layer and the layers above it are run. The
-    model is made dense before, and is dense afterwards. Raises NotFiniteError if the dense model is broken. A unit
-    whose pruning breaks the model gets log(vocabulary size), the largest possible divergence of a uniform prediction.
+    are compared at every second token, or fewer (`_stride`). The dense outputs of the layers below the pruned layer are
+    reused; only the pruned layer and the layers above it are run. The model is made dense before, and is dense
+    afterwards. Raises NotFiniteError if the dense model is broken. A plan that breaks the model gets log(vocabulary
+    size), the largest possible divergence of a uniform prediction.
     """
     ordered.restore()
-    shape = ordered.decoder.shape
     with torch.inference_mode(), whole_windows(ordered.decoder):
         run = _DenseRun.of(ordered.decoder, beginnings(text))
-        units = steps(progress, "measuring sensitivity", shape.units(spec.granularity))
-        return tuple(_harm(ordered, run, unit, single_unit_plan(unit, spec, shape)) for unit in units)
+        return [_harm(ordered, run, unit, plan) for unit, plan in steps(progress, stage, pruned)]
 
 
 def beginnings(text: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.evaluation.features import measure_features
+from gpu_worker.evaluation.integer_program import measure_levels
 from gpu_worker.evaluation.preparation import (
     Calibration,
     preparation_key,
@@ -118,6 +119,15 @@ class Target:
             self.key,
             self.spec,
             lambda: measure_sensitivity(self.ordered, self.spec, self.calibration, self._progress),
+        )
+
+    def levels(self) -> dict[str, tuple[float, ...]]:
+        """Return the same for several sizes of each unit (see `measure_levels`); prune again afterwards."""
+        return remembered_units(
+            "levels",
+            self.key,
+            self.spec,
+            lambda: measure_levels(self.ordered, self.spec, self.calibration, self._progress),
         )
 
     def features(self) -> dict[str, tuple[float, ...]]:

@@ -1,5 +1,7 @@
 """Allocations (uniform, OWL, LLM-Pruner, sensitivity, a rule): pruning rates without a search. Pure.
 
+`mip`, an integer program, is solved where its sizes are measured (gpu_worker/evaluation/integer_program.py).
+
 Each method computes one raw rate per unit. `feasible` then returns the nearest rates with five decimals and a mean of
 exactly β.
 """
@@ -20,7 +22,7 @@ from protocol.plans.shape import Granularity, ModelShape
 from protocol.plans.spec import Reconstruction, SearchSpec
 from protocol.plans.value import Value
 
-Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity", "rule"]
+Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity", "mip", "rule"]
 
 OUTLIER_THRESHOLD = 5.0
 """OWL's M, the authors' default."""
