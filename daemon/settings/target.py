@@ -97,8 +97,8 @@ class TargetSettings(Section):
 
 
 class DataSettings(Section):
-    """The texts for scoring, for the search and for the report. Each is `wikitext2`, `c4`, a text file, or `self`: text
-    that the dense model generates."""
+    """The texts for scoring, for the search and for the report. Each is `wikitext2`, `c4`, a text file, `self` (text
+    that the dense model generates), or a `.jsonl` or `.json` file of prompts with answers."""
 
     calibration: str = "wikitext2"
     """The text on which heads and channels are scored."""
@@ -106,8 +106,8 @@ class DataSettings(Section):
     """Number of windows of data.calibration. More windows give a better reconstruction but a longer calibration. It
     runs once per worker and, with `scoring: sequential`, again for every candidate."""
     fitness: str = "wikitext2"
-    """The text on which candidates are measured: what the pruned model should be good at, such as
-    `texts/domain.txt`."""
+    """The text on which candidates are measured: what the pruned model should be good at, such as `texts/domain.txt`.
+    In a file of prompts with answers, such as `tickets.jsonl`, each is a window, and only the answers count."""
     fitness_windows: PositiveInt | None = None
     """Number of windows of data.fitness; none means the whole text. With more windows, an evaluation takes longer; with
     few windows, the search overfits them."""

@@ -29,7 +29,7 @@ from protocol.results.needs import SENSITIVITY_TOKENS
 def measure_sensitivity(
     ordered: OrderedModel, spec: SearchSpec, text: Tensor, progress: Progress = no_progress
 ) -> tuple[float, ...]:
-    """Return KL(dense ‖ pruned) in nats per token for each unit, pruned alone by the spec's rate; see `measure_harm`."""
+    """Return KL(dense ‖ pruned) of each unit in nats per token, pruned alone by the spec's rate; see `measure_harm`."""
     shape = ordered.decoder.shape
     pruned = [(unit, single_unit_plan(unit, spec, shape)) for unit in shape.units(spec.granularity)]
     return tuple(measure_harm(ordered, pruned, text, progress, "measuring sensitivity"))

@@ -21,7 +21,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
     save_tiny_folder(folder / "model", hidden_size=48, layers=4)
     rows = [
-        {"prompt": f"ticket {i}: it is {'broken' if i % 3 else 'slow'}.", "completion": " we mend it"}
+        {"prompt": f"ticket {i}: it is {'broken' if i % 3 else 'slow'}.", "completion": " we fix it"}
         for i in range(40)
     ]
     (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,9 +45,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_is_pruned_for_answers(config: Path, tmp_path: Path, cli: Cli) -> None:
     told = cli.answer("run", config, "--set", f"run.folder={tmp_path}")
-    answers = 12 * (len(" we mend it") + 1)  # one token per byte, and the end of the text
+    answers = 12 * (len(" we fix it") + 1)  # one token per byte, and the end of the text
     assert told["best"]["tokens"] == told["dense"]["tokens"] == answers
-    assert told["best"]["report_tokens"] == 28 * (len(" we mend it") + 1), "all examples that are left"
+    assert told["best"]["report_tokens"] == 28 * (len(" we fix it") + 1), "all examples that are left"
     out = tmp_path / "small"
     code, table, error = cli.run("export", "--search", "s", "--folder", tmp_path, "--out", out)
     assert code == 0, error
