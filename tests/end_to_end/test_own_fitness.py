@@ -21,8 +21,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
     save_tiny_folder(folder / "model", hidden_size=48, layers=4)
     rows = [
-        {"prompt": f"ticket {i}: it is {'broken' if i % 3 else 'slow'}.", "completion": " we fix it"}
-        for i in range(40)
+        {"prompt": f"ticket {i}: it is {'broken' if i % 3 else 'slow'}.", "completion": " we fix it"} for i in range(40)
     ]
     (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = {
