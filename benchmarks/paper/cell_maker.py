@@ -135,8 +135,8 @@ class CellMaker:
         tokens = costs.evaluation_tokens(self.settings.texts, self._seqlen(model), rate, fitted=fitted)
         return self._of(search, "export", (), tokens)
 
-    def finetuned(self, model: Model, rate: float) -> Cell:
-        """Return the cell that fine-tunes the model of `exported` with LoRA."""
+    def finetuned(self, model: Model, rate: float, *, distils: bool = False) -> Cell:
+        """Return the cell that fine-tunes the model of `exported` with LoRA, on data or on predictions."""
         chosen = self.settings.finetune
         given = {
             "--data": chosen.data,
@@ -149,8 +149,10 @@ class CellMaker:
             "--seed": self.settings.seed,
         }
         flags = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-        tokens = costs.finetune_tokens(self.settings, rate)
-        return self._of(self.exported(model, rate), "finetune", flags, tokens, "after LoRA")
+        flags += ["--distil", model.name] if distils else []
+        tokens = costs.finetune_tokens(self.settings, rate, distils=distils)
+        note = "after distillation" if distils else "after LoRA"
+        return self._of(self.exported(model, rate), "finetune", flags, tokens, note)
 
     def measured_folder(self, model: Model, folder: Cell) -> Cell:
         """Return the cell that measures the perplexity of a folder, on the same tokens as all other cells."""

@@ -124,13 +124,13 @@ def zero_shot_tokens(limit: int | None, rate: float) -> float:
     return (1 - rate) * sum(count * each for count, each in items)
 
 
-def finetune_tokens(settings: PaperSettings, rate: float) -> float:
-    """Return the cost of training, assuming that all examples have the maximum length."""
+def finetune_tokens(settings: PaperSettings, rate: float, *, distils: bool) -> float:
+    """Return the cost of training, assuming that all examples have the maximum length; a teacher predicts them once."""
     chosen = settings.finetune
     examples = (chosen.examples or ALPACA_EXAMPLES) * chosen.epochs
     if chosen.max_steps is not None:
         examples = min(examples, chosen.max_steps * (chosen.batch or 64))
-    return 3 * (1 - rate) * examples * chosen.seqlen
+    return (3 * (1 - rate) + distils) * examples * chosen.seqlen
 
 
 def speed_tokens(rate: float, flags: Sequence[str]) -> float:

@@ -121,6 +121,8 @@ class Finetune(Section):
     micro_batch: PositiveInt | None = None
     """Examples per forward pass; fewer need less memory."""
     seqlen: int = Field(default=256, ge=16)
+    distil: bool = False
+    """Whether Table 6 also has the model after distillation, which loads the dense model beside it."""
 
 
 class Speed(Section):

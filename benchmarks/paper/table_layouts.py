@@ -154,11 +154,12 @@ def _lora(maker: CellMaker) -> TableLayout:
             rows.append(
                 _row(maker, model, ("Self-Pruner", percent(rate)), search, _grid_figures(model, "self-pruner", rate))
             )
-            tuned = maker.finetuned(model, rate)
-            cells = maker.measured_folder(model, tuned), maker.accuracy_of(model, tuned)
-            rows.append(
-                _row_of(maker, model, ("w. LoRA", percent(rate)), cells, paper_figures.LORA.get(rate, NO_FIGURES))
-            )
+            kinds = {"w. LoRA": False} | ({"w. LoRA, distilled": True} if maker.settings.finetune.distil else {})
+            for label, distils in kinds.items():
+                tuned = maker.finetuned(model, rate, distils=distils)
+                cells = maker.measured_folder(model, tuned), maker.accuracy_of(model, tuned)
+                paper = NO_FIGURES if distils else paper_figures.LORA.get(rate, NO_FIGURES)
+                rows.append(_row_of(maker, model, (label, percent(rate)), cells, paper))
     return _of_models(maker, 6, "Recovery by LoRA", ("Method", "Rate"), rows)
 
 
