@@ -45,7 +45,7 @@ def check(
 
     Loads no weights, but unpacks a GGUF file, as a search does. Exit code 2 if something must be put right first.
     """
-    settings = load_or_quickstart(config, set_ or [])
+    settings = load_or_quickstart(config, set_ or []).as_one_search
     need("torch", "worker")
     logs.configure(level="ERROR")
     from gpu_worker.measuring.devices import GPU_NAMES, speed_of_gpu, speed_of_this_machine

@@ -23,4 +23,4 @@ def config(
     elif file is None:
         raise SettingsError("name a file of settings, or give --schema")
     else:
-        print_json(load(file, set_ or []).shown())
+        print_json(load(file, set_ or [], several_rates=True).shown())

@@ -24,6 +24,9 @@ SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "te
 HUB_TEXTS = tuple(name for name in NAMED_TEXTS if name != "self")
 """Named texts except `self`, which a model would have to generate."""
 RESUME_HINT = "run the same command again to resume"
+DISTILLED = 0.5
+"""Share of the divergence in the loss of distillation. With 1, the model learns the text's own style less; with 0, it
+loses more on other texts (docs/lab-notes/fine-tuning.md)."""
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
 """Default learning rates of LoRA (False) and of full fine-tuning (True)."""
 
@@ -74,8 +77,8 @@ def finetune(
     distil: Annotated[
         str | None,
         typer.Option(
-            help="Learn the predictions of this model, the dense one, instead of the data's next tokens: a Hugging "
-            "Face name, a folder, a GGUF file, or `smollm2`."
+            help="Also learn the predictions of this model, the dense one: a Hugging Face name, a folder, a GGUF file, "
+            "or `smollm2`. Half of the loss is then the divergence from them."
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights of the projections instead of LoRA.")] = False,
@@ -159,7 +162,9 @@ def recipe_of(data: str, how: RecipeFlags, *, full: bool, distils: bool, seed: i
                 raise SettingsError(f"--{name} has no effect here: --full trains without LoRA")
     defaults = SIZES[form_of(data)] | {"learning_rate": LEARNING_RATES[full]}
     try:
-        return Recipe(**defaults | given, method="full" if full else "lora", distils=distils, seed=seed)
+        return Recipe(
+            **defaults | given, method="full" if full else "lora", distilled=DISTILLED if distils else 0, seed=seed
+        )
     except ValidationError as error:
         raise SettingsError(validation_sentence(error)) from error
 

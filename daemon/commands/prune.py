@@ -62,7 +62,7 @@ class FinetuneFlags:
     finetune_data: Annotated[str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` by default.")] = None
     finetune_distil: Annotated[
         bool,
-        typer.Option("--finetune-distil", help="Learn the dense model's predictions, not the data's next tokens."),
+        typer.Option("--finetune-distil", help="As `finetune --distil`, with the dense model."),
     ] = False
     finetune_minutes: Annotated[float | None, typer.Option(help="Maximum training time in minutes.")] = None
     finetune_micro_batch: Annotated[

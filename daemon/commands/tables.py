@@ -138,7 +138,7 @@ def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
     """Show the training data, the figures before and after, and where the model is."""
     tuned = result.finetuning
     how = "all weights of the projections" if tuned.recipe.method == "full" else f"LoRA, r {tuned.recipe.rank}"
-    how += f", towards the predictions of {tuned.teacher}" if tuned.teacher else ""
+    how += f", partly from the predictions of {tuned.teacher}" if tuned.teacher else ""
     yield f"{result.folder}: {result.model}, pruned, fine-tuned on {tuned.data} ({how}), as {', '.join(result.formats)}"
     table = _table("", "before", "after")
     table.add_row("mean loss, first 10 % and last 10 % of steps", f"{tuned.first_loss:.3f}", f"{tuned.last_loss:.3f}")

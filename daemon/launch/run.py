@@ -73,10 +73,6 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 
     Raises UsageError for invalid settings before anything is started.
     """
-    if settings.target.rates:
-        raise SettingsError(
-            "target.rates needs `selfpruner run`: workers elsewhere serve one search, so run a search for each rate"
-        )
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")

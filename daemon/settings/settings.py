@@ -99,6 +99,16 @@ class Settings(BaseSettings):
             for number, (rate, name) in enumerate(zip(rates, names, strict=True))
         )
 
+    @property
+    def as_one_search(self) -> "Settings":
+        """These settings, or for several rates, those of a search at the first rate with the evaluations of all."""
+        parts = self.of_each_rate
+        if len(parts) == 1:
+            return parts[0]
+        evaluations = sum(each.search.planned for each in parts)
+        longer = {"max_evaluations": evaluations, "rounds": evaluations, "learn_from": self.search.learn_from}
+        return parts[0].model_copy(update={"search": parts[0].search.model_copy(update=longer)})
+
     def _text(self, source: str, windows: int | None) -> TextSpec:
         return text_spec(source, windows, self.data.seqlen)
 

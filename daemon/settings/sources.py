@@ -23,15 +23,15 @@ from protocol.errors import SettingsError
 
 
 def load_or_quickstart(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """Load settings as `load` does; without a `config`, from quickstart.yaml."""
+    """Load settings as `load` does, of one or several rates; without a `config`, from quickstart.yaml."""
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
-        return load(config or quickstart, overrides)
+        return load(config or quickstart, overrides, several_rates=True)
 
 
-def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
+def load(config: Path | None, overrides: Sequence[str] = (), *, several_rates: bool = False) -> Settings:
     """Load settings from the YAML file `config`, the environment, and `overrides` of the form `search.name=value`.
 
-    Raises SettingsError with one sentence.
+    Raises SettingsError with one sentence, also for target.rates where `several_rates` are not possible.
     """
     from_file = {} if config is None else setting_file.read(config)
     _check_environment(os.environ)
@@ -53,6 +53,10 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         raise SettingsError(validation_sentence(error, setting_names())) from None  # it shows the values
     _check_text(settings.model_dump(), "")
+    if settings.target.rates and not several_rates:
+        raise SettingsError(
+            "target.rates is for `selfpruner run`, which searches at one rate after the other: give target.rate here"
+        )
     settings = settings.model_copy(update={"target": settings.target.with_rate()})
     _check_together(settings)
     return settings

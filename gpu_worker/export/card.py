@@ -128,7 +128,7 @@ def _finetuned(tuned: Finetuning) -> str:
     if recipe.method == "lora":
         how = f"LoRA (r {recipe.rank}, α {recipe.alpha:g}, dropout {recipe.dropout:g}), merged into the weights"
     if tuned.teacher is not None:
-        how += f", towards the predictions of {tuned.teacher}"
+        how += f", partly from the predictions of {tuned.teacher}"
     pieces = "instructions (loss on the answers only)" if tuned.form == "alpaca" else "windows of text"
     done = (
         f"{how}; {tuned.examples:,} {pieces} from {tuned.data}; {tuned.steps:,} steps with batch size {recipe.batch}, "

@@ -22,12 +22,12 @@ from gpu_worker.finetune.eval_texts import (
     requested_texts,
     shared_text_numbers,
 )
+from gpu_worker.finetune.loss import Teacher
 from gpu_worker.finetune.output import write_output
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import Limits, TrainingSetup, mean_losses, steps_of, train
 from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.measuring.half_precision import warn_if_slow
-from gpu_worker.models.families import Decoder
 from gpu_worker.models.identity import folder_identity
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.machine import this_machine
@@ -81,7 +81,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
     exported = read_exported(request.folder)
-    assert request.recipe.distils == (request.teacher is not None)
+    assert (request.recipe.distilled > 0) == (request.teacher is not None)
     recipe, formats, dtype = request.recipe, request.formats or exported.formats, _dtype(request, exported)
     destination = Destination(out, formats, gguf_type_of(formats, request.gguf_type), request.force)
     instructions = read_instructions(request.data, recipe)
@@ -135,7 +135,7 @@ def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dt
     machine = this_machine()
     decoder, kind = replace(bare.decoder, shape=pruned), getattr(torch, dtype)
     needed = estimate_memory(decoder, kind, workload, machine.device)
-    if recipe.distils:  # the dense model is loaded too; it runs when the activations of training are not needed
+    if recipe.distilled:  # the dense model is loaded too; it runs when the activations of training are not needed
         needed = replace(needed, weights=needed.weights + shape.total_parameters * kind.itemsize)
     place(needed, machine)
 
@@ -159,7 +159,7 @@ def _load(request: FinetuneRequest, exported: ExportedFolder, dtype: Dtype, prog
     return model
 
 
-def _load_teacher(teacher: str, model: LoadedModel, recipe: Recipe, dtype: Dtype, progress: Progress) -> Decoder:
+def _load_teacher(teacher: str, model: LoadedModel, recipe: Recipe, dtype: Dtype, progress: Progress) -> Teacher:
     """Load the model whose predictions `model` learns. Raises ModelError if they predict other tokens."""
     progress("loading the teacher", 0, 1)
     found = load_model(teacher, dtype, Workload(recipe.seqlen))
@@ -167,7 +167,7 @@ def _load_teacher(teacher: str, model: LoadedModel, recipe: Recipe, dtype: Dtype
     if found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise ModelError(f"{teacher!r} cannot teach this model: it has another vocabulary")
     progress("loading the teacher", 1, 1)
-    return found.decoder
+    return Teacher(found.decoder, recipe.distilled)
 
 
 def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtype: Dtype) -> dict[str, object]:

@@ -195,7 +195,7 @@ def _finetune(goal: Goal, tuning: Tuning, request: PruningRequest, progress: Pro
         data=tuning.data,
         recipe=tuning.recipe,
         out=goal.out,
-        teacher=goal.spec.model if tuning.recipe.distils else None,
+        teacher=goal.spec.model if tuning.recipe.distilled else None,
         formats=destination.formats,
         gguf_type=destination.gguf_type if "gguf" in destination.formats else None,
         force=destination.force,

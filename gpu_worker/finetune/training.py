@@ -16,11 +16,10 @@ from torch import nn
 
 from gpu_worker.finetune.checkpoint import Checkpoint, State
 from gpu_worker.finetune.data import TrainingData
-from gpu_worker.finetune.loss import summed_loss
+from gpu_worker.finetune.loss import Teacher, summed_loss
 from gpu_worker.finetune.trainable import Trained
 from gpu_worker.measuring.examples import Example
 from gpu_worker.models.errors import NotFiniteError
-from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import LOG_INTERVAL_SECONDS, Progress
 from protocol.results.finetuning import LossPoint, Recipe
@@ -46,8 +45,7 @@ class TrainingSetup:
     data: TrainingData
     recipe: Recipe
     limits: Limits
-    teacher: Decoder | None = None
-    """The model whose predictions are learnt, if the recipe distils."""
+    teacher: Teacher | None = None
 
 
 def train(setup: TrainingSetup, checkpoint: Checkpoint, start: State, progress: Progress) -> State:

@@ -34,8 +34,9 @@ class Recipe(FiniteValue):
     """LoRA's update is scaled by alpha / rank."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on LoRA's inputs."""
-    distils: bool = False
-    """Whether the model learns the dense model's predictions, in place of the data's next tokens."""
+    distilled: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that is the divergence from the dense model's predictions. The rest is the negative
+    log-likelihood of the data."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"
@@ -65,8 +66,7 @@ class LossPoint(Value):
     step: int
     """Number of the step, from 1."""
     loss: float
-    """Mean over the step's predicted tokens, in nats, before the update: the negative log-likelihood, or in
-    distillation the divergence from the teacher."""
+    """Mean over the step's predicted tokens, in nats, before the update."""
     learning_rate: float
     tokens: int
     """Number of tokens predicted in this step."""

@@ -8,11 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+import selfpruner
 from daemon.launch.front import run_front
 from daemon.monitor.front import Front
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
+from protocol.errors import SettingsError
 from tests.support.cli import Cli
 from tests.support.tiny_models import save_tiny_folder
 from tests.support.tiny_specs import write_text
@@ -126,13 +128,17 @@ def test_rates_that_make_no_front_are_refused(config: Path, tmp_path: Path, cli:
     assert re.search(why, cli.error("run", config, "--set", f"run.folder={tmp_path}", "--set", chosen))
 
 
-def test_a_daemon_refuses_several_rates(config: Path, tmp_path: Path, cli: Cli) -> None:
+def test_only_run_takes_several_rates(config: Path, tmp_path: Path, cli: Cli) -> None:
+    with pytest.raises(SettingsError, match="is for `selfpruner run`"):
+        selfpruner.search(config, target__rates=RATES)
+    told = cli.error("prune", "smollm2", "--rate", 0.3, "--out", tmp_path / "x", "--set", f"target.rates={list(RATES)}")
+    assert "target.rates is for `selfpruner run`" in told
     told = cli.error("daemon", config, *flags(tmp_path, "redis.url=redis://127.0.0.1:1"))
-    assert "target.rates needs `selfpruner run`" in told
+    assert "target.rates is for `selfpruner run`" in told
 
 
 def test_a_signal_ends_the_front_and_what_is_known_stays(config: Path, tmp_path: Path) -> None:
-    settings = load(config, [f"run.folder={tmp_path}", f"target.rates={list(RATES)}"])
+    settings = load(config, [f"run.folder={tmp_path}", f"target.rates={list(RATES)}"], several_rates=True)
     asked: list[str] = []
 
     def search(each: Settings) -> tuple[Summary | None, signal.Signals | None]:

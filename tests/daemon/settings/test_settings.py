@@ -67,9 +67,9 @@ def test_defaults_are_the_papers() -> None:
         ("target.rate=0.1234567", "at most 5 decimals"),
         (
             "target.memory=10GB",
-            "give one of rate, parameters and memory, not rate and memory; `--set target.rate=null`",
+            "give one of rate, rates, parameters and memory, not rate and memory; `--set target.rate=null`",
         ),
-        ("target.rate=null", "give one of rate, parameters and memory, such as rate: 0.3"),
+        ("target.rate=null", "give one of rate, rates, parameters and memory, such as rate: 0.3"),
         ("target.context=100", "context counts in memory"),
         ("target.memory=10XB", "target.memory cannot be '10XB': write a number and a unit, such as 10GB or 170MB"),
         ("target.model=", "target.model"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.export.exported_folder import read_exported
-from gpu_worker.finetune.loss import summed_loss
+from gpu_worker.finetune.loss import Teacher, summed_loss
 from gpu_worker.measuring.examples import Example
 from gpu_worker.models import limits
 from gpu_worker.models.loading import load_model
@@ -20,7 +20,7 @@ from protocol.results.finetuning import Recipe
 from tests.support.finetunes import QUICK, WORDS, exported, finetuned
 from tests.support.tiny_models import save_tiny_folder, tiny_model, tiny_windows
 
-DISTIL = QUICK.model_copy(update={"distils": True})
+DISTIL = QUICK.model_copy(update={"distilled": 1.0})
 EXAMPLES = [Example(tiny_windows(1, 20)[0], 1), Example(tiny_windows(1, 12, seed=1)[0], 5)]
 
 
@@ -43,7 +43,10 @@ def divergence(expected: Tensor, found: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk", [10**9, 3000])
-def test_loss_and_gradient_are_those_of_the_whole_vocabulary(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+def test_loss_and_gradient_are_those_of_the_whole_vocabulary(
+    chunk: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(limits.LOGITS_CHUNK_BYTES, "cpu", chunk)
     model, teacher = tiny_model("llama", hidden_size=48), tiny_model("llama", seed=3, layers=2)
     tokens = torch.zeros(2, 20, dtype=torch.long)
@@ -51,11 +54,20 @@ def test_loss_and_gradient_are_those_of_the_whole_vocabulary(chunk: int, monkeyp
         tokens[row, : len(example.tokens)] = example.tokens
     weight = model.decoder.layers[0].down.weight.requires_grad_(True)
 
-    loss = summed_loss(model.decoder, EXAMPLES, teacher.decoder)
+    loss = summed_loss(model.decoder, EXAMPLES, Teacher(teacher.decoder, share))
     loss.backward()  # type: ignore[no-untyped-call]
     mine = cast("Tensor", weight.grad).clone()
     weight.grad = None
-    wanted = divergence(teacher.causal_lm(input_ids=tokens).logits, model.causal_lm(input_ids=tokens).logits)
+    logits = model.causal_lm(input_ids=tokens).logits
+    wanted = share * divergence(teacher.causal_lm(input_ids=tokens).logits, logits)
+    for row, example in enumerate(EXAMPLES):
+        wanted = (
+            wanted
+            + (1 - share)
+            * F.cross_entropy(logits[row, :-1], tokens[row, 1:], reduction="none")[
+                example.first - 1 : len(example.tokens) - 1
+            ].sum()
+        )
     wanted.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) and loss.item() > 0
     assert torch.allclose(mine, cast("Tensor", weight.grad), rtol=1e-4, atol=1e-6)
@@ -64,7 +76,7 @@ def test_loss_and_gradient_are_those_of_the_whole_vocabulary(chunk: int, monkeyp
 def test_a_model_that_predicts_as_its_teacher_has_nothing_to_learn() -> None:
     model = tiny_model("llama")
     weight = model.decoder.layers[0].down.weight.requires_grad_(True)
-    loss = summed_loss(model.decoder, EXAMPLES, model.decoder)
+    loss = summed_loss(model.decoder, EXAMPLES, Teacher(model.decoder, 1.0))
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert cast("Tensor", weight.grad).abs().max() < 1e-6
@@ -83,7 +95,7 @@ def test_a_pruned_model_comes_nearer_to_its_teacher_and_says_so(tmp_path: Path, 
         for each in (folder, tmp_path / "out")
     )
     assert after < 0.9 * before
-    assert "towards the predictions of dense; " in (tmp_path / "out" / "README.md").read_text()
+    assert "partly from the predictions of dense; " in (tmp_path / "out" / "README.md").read_text()
     assert read_exported(tmp_path / "out").facts.finetunings[-1].teacher == "dense"
 
 
