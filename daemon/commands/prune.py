@@ -175,7 +175,7 @@ def _result(
 
 def _check_needed(given: FinetuneFlags) -> None:
     """Raise SettingsError if a flag of fine-tuning is given without --finetune."""
-    names = [name for name, value in asdict(given).items() if value not in (None, False) and name != "finetune"]
+    names = [name for name, value in asdict(given).items() if value is not None and value is not False]
     if names and not given.finetune:
         raise SettingsError(f"--{names[0].replace('_', '-')} needs --finetune")
 

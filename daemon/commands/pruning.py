@@ -21,6 +21,7 @@ from daemon.commands.request import (
     self_if_none,
     text_of,
 )
+from daemon.monitor.front import FRONT
 from daemon.monitor.remote import best_so_far
 from daemon.monitor.searched import record_of_best, search_summary
 from daemon.settings.packages import need
@@ -138,6 +139,8 @@ def _searched(
         search = next((point.search for point in front.points if point.rate == rate), "")
         if not search:
             return request_at(folder / front.name, front, rate), None
+    elif (folder / search / FRONT).is_file():
+        raise SettingsError(f"{search} has several rates: give --rate, or --search with the name of one, as in `list`")
     best = asyncio.run(best_so_far(search, redis_url, folder))
     record = record_of_best(folder / search, str(best.record.get("id")))
     searched = None if record is None else search_summary(record.summary, record)

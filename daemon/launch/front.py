@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 
-import structlog
 from pydantic import ValidationError
 
 from agents.population.view import Member
@@ -13,19 +12,17 @@ from daemon.monitor.front import FRONT, FRONT_CHART, Front, front_of
 from daemon.monitor.record import SearchRecord
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
-from daemon.state.journal import json_text, saved
+from daemon.state.journal import json_text, saved, saved_spec
 from daemon.state.store import difference
-from protocol.errors import SettingsError, UsageError
+from protocol.errors import SearchExistsError, SettingsError, UsageError
 from protocol.plans.allocation import PruningRequest
 from protocol.plans.candidate import Measured
 from protocol.runtime.files import write_atomically
 
 LEARNED = 100
 """Maximum number of candidates of each search that another search learns from, best first."""
-MAY_DIFFER = ("rate", "lowest_rate", "highest_rate", "multiple_of", "report")
+MAY_DIFFER = ("rate", "lowest_rate", "highest_rate", "multiple_of")
 """Settings in which a search may differ from one that it learns from: they change plans, but not what is measured."""
-
-log = structlog.get_logger()
 
 
 def read_other_rates(settings: Settings) -> tuple[tuple[Member, ...], ...]:
@@ -56,28 +53,37 @@ RunSearch = Callable[[Settings], tuple[Summary | None, Signals | None]]
 
 
 def run_front(settings: Settings, run_search: RunSearch) -> tuple[Front | None, Signals | None]:
-    """Search for each rate of target.rates in turn, and write the front to the folder of their name.
+    """Search for each rate of target.rates in turn, and write the front to the folder of their name after each.
 
     A search that has ended before is not run again. Return the front, None if nothing is known yet, and the signal that
-    ended it, if one did.
+    ended it, if one did. Raises SearchExistsError if a folder of the front holds a search with other settings.
     """
     summaries: list[Summary] = []
-    interrupted = None
+    front, interrupted = None, None
     parts = settings.of_each_rate
-    for number, each in enumerate(parts, 1):
+    for each in parts:
+        _check_free(each)
+    for each in parts:
         found = _ended_before(each)
         if found is None:
-            log.info("rate_started", search=each.search.name, rate=each.target.rate, number=number, of=len(parts))
             found, interrupted = run_search(each)
         if found is not None:
             summaries.append(found)
+            front = front_of(settings.search.name, settings.target.dtype, summaries, rates=len(parts))
+            write_front(settings.folder, front)
         if interrupted is not None or found is None or not found.finished:
             break
-    if not summaries:
-        return None, interrupted
-    front = front_of(settings.search.name, settings.target.dtype, summaries, rates=len(parts))
-    write_front(settings.folder, front)
     return front, interrupted
+
+
+def _check_free(settings: Settings) -> None:
+    """Raise SearchExistsError if the folder holds a search with other settings."""
+    theirs, mine = saved_spec(settings.folder), settings.spec()
+    if theirs is not None and theirs != mine:
+        raise SearchExistsError(
+            f"{settings.folder} holds a search with other settings ({difference(theirs, mine)}): give this front "
+            "another search.name, or move that folder away"
+        )
 
 
 def _ended_before(settings: Settings) -> Summary | None:
@@ -86,9 +92,7 @@ def _ended_before(settings: Settings) -> Summary | None:
         record = SearchRecord.read(settings.folder)
     except UsageError:
         return None
-    search = settings.search
-    is_short = len(record.proposals) < search.planned and search.max_tokens is None and search.budget_hours is None
-    is_done = record.finished and not is_short
+    is_done = record.finished and len(record.proposals) >= settings.search.planned
     return record.summary if is_done and record.spec == settings.spec() else None
 
 

@@ -86,7 +86,8 @@ def minimised(fitness: Measure) -> Callable[[Row], float | None]:
 
 def show_front(front: Front, console: Console) -> None:
     """Print the front as a table, and under it the cost and the next step."""
-    console.print(f"{front.name}: {front.model} at {len(front.points)} rates")
+    rates = ", ".join(f"{100 * point.rate:g} %" for point in front.points)
+    console.print(f"{front.name}: {front.model} without {rates} of the decoder's parameters")
     console.print(_table(front))
     for line in _lines(front):
         console.print(line, soft_wrap=True)
@@ -111,6 +112,7 @@ def _table(front: Front) -> Table:
     table.add_row("dense", _millions(dense.parameters.total_before), "–", "–", *figures(dense), "–")
     for point in front.points:
         if point.best is None:
+            table.add_row(f"{100 * point.rate:g} %", "no candidate could be measured")
             continue
         baseline = point.uniform.report_perplexity if has_report else point.uniform.perplexity
         size = _millions(point.best.parameters.total_after), f"{point.weight_bytes / 1e6:,.0f} MB"
@@ -127,7 +129,10 @@ def _lines(front: Front) -> list[str]:
     lines.append(f"{evaluations} evaluations, {seconds:,.0f} seconds")
     if not front.finished:
         return [*lines, "stopped before its end: run the same command again to resume"]
-    low, high = front.points[0].rate, front.points[-1].rate
+    measured = [point.rate for point in front.points if point.best is not None]
+    if not measured:
+        return lines
+    low, high = measured[0], measured[-1]
     between = f", with any RATE from {low:g} to {high:g}" if high > low else ""
     return [*lines, f"next: selfpruner export --search {front.name} --rate RATE --out DIR{between}"]
 

@@ -65,7 +65,7 @@ class SearchSettings(Section):
     learn_from: tuple[Annotated[str, AfterValidator(check_search_name)], ...] = ()
     """Names of searches in run.folder that pruned the same model by other rates. The surrogate, which predicts the
     fitness of moves and plans, learns from their outcomes, and the first `plans` are near their best candidates.
-    target.rates sets this."""
+    target.rates sets this. Methods that do not use the surrogate learn nothing."""
     proposer: ProposerName = "llm"
     """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without
     feedback), `random`, `evolution` (EvoPress) or `cma-es`. For those, search.initializer, selector, mutator and
@@ -135,6 +135,12 @@ class SearchSettings(Section):
             return {name: value for name, value in given.items() if name not in ROLES}
         return given
 
+    @model_validator(mode="after")
+    def _learns_from_others(self) -> "SearchSettings":
+        if self.name in self.learn_from or len(set(self.learn_from)) < len(self.learn_from):
+            raise ValueError("search.learn_from names other searches, each of them once")
+        return self
+
     @property
     def seed_allocations(self) -> tuple[Allocation, ...]:
         """The allocations of `seeds`, in their order."""
@@ -160,6 +166,13 @@ class SearchSettings(Section):
         """Number of candidates to propose in all, if no other limit is reached first."""
         planned = self.population + self.rounds * (self.mutations + self.crossovers)
         return min(self.max_evaluations or planned, planned)
+
+    def uses_surrogate(self, reply: str) -> bool:
+        """Whether any agent uses the surrogate, and so learns from outcomes at other rates; `reply` is llm.reply."""
+        if self.proposer != "llm":
+            return False
+        agents = {self.initializer, self.mutator, self.crossover}
+        return bool(agents & {"plans", "ranked", "rules"}) or ("llm" in agents and reply in ("moves", "rules"))
 
     @property
     def asks_llm(self) -> bool:

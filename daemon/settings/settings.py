@@ -16,7 +16,7 @@ from daemon.settings.llm import LlmSettings, LocalLlmSettings
 from daemon.settings.search import SearchSettings
 from daemon.settings.service import HttpSettings, RedisSettings, RunSettings, WorkerSettings
 from daemon.settings.target import DataSettings, TargetSettings, text_spec
-from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.plans.spec import SearchSpec, TextSpec, is_examples
 from protocol.queue.keys import check_search_name
 from protocol.runtime.logs import Redaction
 
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         windows, first = self.data.fitness_windows, self.search.first_windows
         if windows is not None and first is not None and windows <= first:
             raise ValueError(f"search.first_windows ({first}) must be fewer than data.fitness_windows ({windows})")
-        if windows is not None:
+        if windows is not None and not is_examples(self.data.fitness):  # whose answers have any length
             self.search.check_first_population(windows * (self.data.seqlen - 1))
         return self
 
@@ -76,12 +76,14 @@ class Settings(BaseSettings):
     def of_each_rate(self) -> "tuple[Settings, ...]":
         """The settings of each search of target.rates; without rates, only these settings.
 
-        Each search learns from those before it, and has its share of the evaluations.
+        If agents use the surrogate, each search learns from those before it, and has a share of the budgets.
         """
         rates, search = self.target.rates, self.search
         if not rates:
             return (self,)
-        evaluations = search.planned if len(rates) == 1 else math.ceil(FRONT_COST * search.planned / len(rates))
+        learns = search.uses_surrogate(self.llm.reply)
+        share = min(1.0, FRONT_COST / len(rates)) if learns else 1.0
+        evaluations = max(math.ceil(share * search.planned), search.population)
         names = [f"{search.name}-{rate:g}" for rate in rates]
         return tuple(
             self.model_copy(
@@ -90,8 +92,10 @@ class Settings(BaseSettings):
                     "search": search.model_copy(
                         update={
                             "name": check_search_name(name),
-                            "learn_from": (*search.learn_from, *names[:number]),
-                            "max_evaluations": max(evaluations, search.population),
+                            "learn_from": (*search.learn_from, *names[:number]) if learns else (),
+                            "max_evaluations": evaluations,
+                            "max_tokens": search.max_tokens and math.ceil(share * search.max_tokens),
+                            "budget_hours": search.budget_hours and share * search.budget_hours,
                         }
                     ),
                 }

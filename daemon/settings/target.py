@@ -36,7 +36,8 @@ class TargetSettings(Section):
     rates: tuple[Annotated[TargetRate, AfterValidator(_five_decimals)], ...] = ()
     """In place of `rate`: several, such as `[0.2, 0.3, 0.4, 0.5]`. `selfpruner run` then searches for each of them in
     turn, with the search's name and the rate as names; each search learns from those before it. Together they take 1.5
-    times the evaluations of one search."""
+    times the evaluations, tokens and hours of one search; without a surrogate (search.proposer other than `llm`, or
+    llm.reply `lists` or `edits`), nothing is learnt, and each takes all of them."""
     parameters: Parameters | None = None
     """In place of `rate`: the most parameters that the pruned model may have, embeddings included, such as `5B`."""
     memory: Memory | None = None

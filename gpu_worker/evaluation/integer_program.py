@@ -40,7 +40,7 @@ def levels_of(unit: Unit, spec: SearchSpec, shape: ModelShape) -> tuple[Level, .
         return tuple(
             Level(rate, whole.model_copy(update={"kv_heads": kv, "queries_per_kv": each})) for rate, (kv, each) in sizes
         )
-    rates = [rate for rate in SHARES if rate <= unit.highest_rate]
+    rates = [*(rate for rate in SHARES if rate < unit.highest_rate), unit.highest_rate]
     return tuple(Level(rate, single_unit_plan(unit, spec.model_copy(update={"rate": rate}), shape)) for rate in rates)
 
 

@@ -93,7 +93,7 @@ class Session:
         starts = [0, *accumulate(predicted_counts(windows))]
         start = time.perf_counter()
         self.target.prune(plan)
-        seen = _Windows(decoder)
+        seen = _Windows(decoder, starts[-1] / len(windows))
         with self.target.ordered.aligned():
             each = on_device(windows, decoder.device)
             for i, window in enumerate(steps(progress, _measuring("pruned", text), each)):
@@ -180,8 +180,9 @@ def _measuring(what: str, text: Text) -> str:
 class _Windows:
     """The measured windows of one evaluation. Nothing waits for the device until a figure is asked for."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, usual: float) -> None:
+        """Measure with `decoder`; `usual` is the mean number of predicted tokens per window of the text."""
+        self._decoder, self._usual = decoder, usual
         self._tokens: list[int] = []
         self._losses: list[Tensor] = []
         self._divergences: list[Tensor] = []
@@ -211,11 +212,12 @@ class _Windows:
         return mean_divergence(math.fsum(read(self._divergences)), self.tokens)
 
     def fitness(self) -> list[float]:
-        """Return each window's divergence, or loss if that is not measured, in nats per token.
+        """Return each window's divergence, or loss if that is not measured, in nats per token of a usual window.
 
+        Their mean over all windows is the mean over all tokens, also if windows have different numbers of tokens.
         Raises NotFiniteError if one is not finite.
         """
         found = read(self._divergences or self._losses)
         if not all(map(math.isfinite, found)):
             raise NotFiniteError("the loss of a window is not finite")
-        return [round(value / tokens, DECIMALS) for value, tokens in zip(found, self._tokens, strict=True)]
+        return [round(value / self._usual, DECIMALS) for value in found]

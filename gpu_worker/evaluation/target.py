@@ -126,7 +126,7 @@ class Target:
         return remembered_units(
             "levels",
             self.key,
-            self.spec,
+            self.spec.model_copy(update={"rate": 0.5, "lowest_rate": 0.0, "highest_rate": 0.95}),  # the same for all
             lambda: measure_levels(self.ordered, self.spec, self.calibration, self._progress),
         )
 

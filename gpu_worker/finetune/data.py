@@ -66,8 +66,7 @@ def prepare_data(
             windows = windows[_picked(len(windows), recipe.examples, recipe.seed)]
         examples = tuple(Example(window, 1) for window in windows)
     else:
-        cut = (tokenized(each, model.tokenizer, model.window_start, recipe.seqlen) for each in instructions)
-        examples = tuple(example for example in cut if example.predicted > 0)
+        examples = tuple(tokenized(instructions, model.tokenizer, model.window_start, recipe.seqlen))
     if not examples:
         raise DataError(
             f"nothing of {source!r} is left to learn: every answer starts after {recipe.seqlen} tokens; increase seqlen"

@@ -24,12 +24,13 @@ from gpu_worker.finetune.eval_texts import (
 )
 from gpu_worker.finetune.loss import Teacher
 from gpu_worker.finetune.output import write_output
+from gpu_worker.finetune.overlap import check_apart
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import Limits, TrainingSetup, mean_losses, steps_of, train
 from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.identity import folder_identity
-from gpu_worker.models.loading import LoadedModel, load_model
+from gpu_worker.models.loading import LoadedModel, load_model, load_without_weights
 from gpu_worker.models.machine import this_machine
 from gpu_worker.models.memory import Training, Workload, estimate_memory
 from gpu_worker.models.placement import place
@@ -75,8 +76,9 @@ class FinetuneRequest:
 def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) -> FinetuneResult:
     """Fine-tune an exported folder and write a new folder atomically. Resumes from a checkpoint beside `out`.
 
-    Raises UsageError for a folder, data or text that is not available, an output that cannot be written, too little
-    memory or disk, and a checkpoint that does not match or is locked; NotFiniteError if the loss is not finite.
+    Raises UsageError for a folder, data or text that is not available, a text that is measured and trained on, an
+    output that cannot be written, too little memory or disk, and a checkpoint that does not match or is locked;
+    NotFiniteError if the loss is not finite.
     """
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
@@ -89,18 +91,21 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     check_finetuning_disk(exported.facts.shape, stays, recipe, dtype, destination)
     with locked(folder_beside(out)):
         model = _load(request, exported, dtype, progress)
-        teacher = None if request.teacher is None else _load_teacher(request.teacher, model, recipe, dtype, progress)
+        taught_by = None if request.teacher is None else _load_teacher(request.teacher, model, recipe, dtype, progress)
+        teacher = None if taught_by is None else Teacher(taught_by.decoder, recipe.distilled)
         check_formats(model, formats, destination.gguf_type)
         data = prepare_data(request.data, instructions, model, recipe)
         eval_tokens = load_eval_texts(exported, model, request.asked)
-        checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
+        for each in eval_tokens.values():
+            check_apart([example.tokens for example in data.examples], each.windows, each.text.source)
+        checkpoint = Checkpoint(folder_beside(out), _decisive(request, taught_by, data, dtype))
         start = checkpoint.read() or State([], {})
         before = measure(model, eval_tokens, progress, "measuring before")
         with trained(model, recipe) as parameters:
             setup = TrainingSetup(model, parameters, data, recipe, request.limits, teacher)
             state = train(setup, checkpoint, start, progress)
             count = parameters.count
-        del teacher, setup  # the memory is needed to measure and to write
+        del teacher, taught_by, setup  # the memory is needed to measure and to write
         after = measure(model, eval_tokens, progress, "measuring after")
         tuned = _finetuning(request, data, state, count, perplexity_changes(eval_tokens, before, after))
         facts = _facts(exported.facts, tuned, eval_tokens, dtype)
@@ -131,13 +136,12 @@ def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dt
     """
     shape = bare.decoder.shape
     pruned = shape if plan is None else shape.model_copy(update={"layers": pruned_sizes(plan)})
-    workload = Workload(max(recipe.seqlen, longest), training=Training(recipe))
+    kind = getattr(torch, dtype)
+    teacher = shape.total_parameters * kind.itemsize if recipe.distilled else 0
+    workload = Workload(max(recipe.seqlen, longest), training=Training(recipe, teacher))
     machine = this_machine()
-    decoder, kind = replace(bare.decoder, shape=pruned), getattr(torch, dtype)
-    needed = estimate_memory(decoder, kind, workload, machine.device)
-    if recipe.distilled:  # the dense model is loaded too; it runs when the activations of training are not needed
-        needed = replace(needed, weights=needed.weights + shape.total_parameters * kind.itemsize)
-    place(needed, machine)
+    decoder = replace(bare.decoder, shape=pruned)
+    place(estimate_memory(decoder, kind, workload, machine.device), machine)
 
 
 def _dtype(request: FinetuneRequest, exported: ExportedFolder) -> Dtype:
@@ -151,7 +155,11 @@ def _load(request: FinetuneRequest, exported: ExportedFolder, dtype: Dtype, prog
     progress("loading model", 0, 1)
     measured = requested_texts(exported.facts.spec, request.asked).values()
     longest = max([request.recipe.seqlen, *(text.seqlen for text in measured)])
-    model = load_model(str(request.folder), dtype, Workload(longest, training=Training(request.recipe)))
+    teacher = 0
+    if request.teacher is not None:
+        shape = load_without_weights(request.teacher, dtype).decoder.shape
+        teacher = shape.total_parameters * getattr(torch, dtype).itemsize
+    model = load_model(str(request.folder), dtype, Workload(longest, training=Training(request.recipe, teacher)))
     check_length(model, longest)
     restore_pruned_sizes(model, exported)
     warn_if_slow(dtype, model.device, "training is nearly twice as fast")
@@ -159,25 +167,28 @@ def _load(request: FinetuneRequest, exported: ExportedFolder, dtype: Dtype, prog
     return model
 
 
-def _load_teacher(teacher: str, model: LoadedModel, recipe: Recipe, dtype: Dtype, progress: Progress) -> Teacher:
+def _load_teacher(teacher: str, model: LoadedModel, recipe: Recipe, dtype: Dtype, progress: Progress) -> LoadedModel:
     """Load the model whose predictions `model` learns. Raises ModelError if they predict other tokens."""
     progress("loading the teacher", 0, 1)
     found = load_model(teacher, dtype, Workload(recipe.seqlen))
     check_length(found, recipe.seqlen)
-    if found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+    theirs, mine = found.decoder.head.out_features, model.decoder.head.out_features
+    if theirs != mine or found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise ModelError(f"{teacher!r} cannot teach this model: it has another vocabulary")
     progress("loading the teacher", 1, 1)
-    return Teacher(found.decoder, recipe.distilled)
+    return found
 
 
-def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtype: Dtype) -> dict[str, object]:
+def _decisive(
+    request: FinetuneRequest, teacher: LoadedModel | None, data: TrainingData, dtype: Dtype
+) -> dict[str, object]:
     """Return the settings that a checkpoint must match, by the names that messages use."""
     return {
         "model": folder_identity(request.folder)[:16],
         "data": data.digest[:16],
-        "teacher": request.teacher,
+        "teacher": None if teacher is None else teacher.identity[:16],
         "dtype": dtype,
-        **recipe.model_dump(mode="json"),
+        **request.recipe.model_dump(mode="json"),
     }
 
 
@@ -193,7 +204,7 @@ def _finetuning(
         recipe=request.recipe,
         data=data.name,
         form=data.form,
-        teacher=request.teacher and Path(request.teacher).name,
+        teacher=request.teacher and (Path(request.teacher).name or Path(request.teacher).resolve().name),
         examples=len(data.examples),
         steps=len(state.losses),
         tokens=sum(point.tokens for point in state.losses),

@@ -160,8 +160,7 @@ def _filled(examples: Sequence[Example], seqlen: int) -> Tensor:
 
 
 def _examples(path: str, tokenizer: Any, start: int | None, seqlen: int) -> list[Example]:
-    found = [tokenized(each, tokenizer, start, seqlen) for each in read_examples(Path(path))]
-    kept = [example for example in found if example.predicted > 0]
+    kept = tokenized(read_examples(Path(path)), tokenizer, start, seqlen)
     if not kept:
         raise DataError(f"no answer of {path!r} starts within {seqlen} tokens: increase seqlen")
     return kept

@@ -5,11 +5,12 @@ A file holds a list of JSON objects (`.json`) or one object per line (`.jsonl`).
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -71,6 +72,8 @@ class Chat(_Form):
     messages: list[Message]
 
 
+log = structlog.get_logger()
+
 TaskExample = Instruction | Completion | Chat
 FORMS: dict[str, tuple[type[Instruction] | type[Completion] | type[Chat], str]] = {
     "messages": (Chat, "object with the list messages, each with the strings role and content"),
@@ -124,34 +127,53 @@ def parse_example(entry: Any, place: str) -> TaskExample:
         raise DataError(f"{place} {wrong}: it must be an {wanted}") from error
     if isinstance(example, Chat) and (not example.messages or example.messages[-1].role != "assistant"):
         raise DataError(f"{place} does not end with a message of the role assistant, which is the answer")
+    texts = [each.content for each in example.messages] if isinstance(example, Chat) else example.parts()
+    if not texts[-1]:
+        raise DataError(f"{place} has an empty answer")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place} is not text in UTF-8: it has half of a surrogate pair") from error
     return example
 
 
-def tokenized(example: TaskExample, tokenizer: Any, start: int | None, seqlen: int) -> Example:
-    """Return the tokens of an example, at most `seqlen`.
+def tokenized(examples: Sequence[TaskExample], tokenizer: Any, start: int | None, seqlen: int) -> list[Example]:
+    """Return the tokens of examples, at most `seqlen` of each; those without a token to predict are left out.
 
     Prompt and answer are tokenized separately, to know where the answer starts, and the end-of-text token is appended.
     `start` is the token that every text must begin with, if any. Raises DataError for a chat without a chat template.
     """
-    if isinstance(example, Chat):
-        prompt, answer = _chat_tokens(example, tokenizer)
-    else:
-        prompt, answer = _plain_tokens(example, tokenizer)
-    if start is not None and prompt[:1] != [start]:
-        prompt = [start, *prompt]
-    return Example(torch.tensor([*prompt, *answer][:seqlen], dtype=torch.long), max(len(prompt), 1))
-
-
-def _plain_tokens(example: Instruction | Completion, tokenizer: Any) -> tuple[list[int], list[int]]:
-    asked, told = example.parts()
-    prompt = tokenizer(asked, verbose=False)["input_ids"]
-    answer = tokenizer(told, verbose=False, add_special_tokens=False)["input_ids"]
+    parts = [_chat_parts(each, tokenizer) if isinstance(each, Chat) else each.parts() for each in examples]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Some tokenizers append an end-of-text token to every text.
-    return (prompt[:-1] if end and prompt[-1:] == end else prompt), [*answer, *end]
+    is_chat = [isinstance(each, Chat) for each in examples]
+    # A chat template writes the special tokens itself.
+    plain = _ids([asked for (asked, _), chat in zip(parts, is_chat, strict=True) if not chat], tokenizer, special=True)
+    chats = _ids([asked for (asked, _), chat in zip(parts, is_chat, strict=True) if chat], tokenizer, special=False)
+    answers = _ids([told for _, told in parts], tokenizer, special=False)
+    found, cut = [], 0
+    for chat, answer in zip(is_chat, answers, strict=True):
+        prompt = next(chats if chat else plain)
+        if not chat:
+            # Some tokenizers append an end-of-text token to every text.
+            prompt = prompt[:-1] if end and prompt[-1:] == end else prompt
+            answer = [*answer, *end]  # noqa: PLW2901
+        if start is not None and prompt[:1] != [start]:
+            prompt = [start, *prompt]
+        cut += len(prompt) < seqlen < len(prompt) + len(answer)
+        found.append(Example(torch.tensor([*prompt, *answer][:seqlen], dtype=torch.long), max(len(prompt), 1)))
+    kept = [example for example in found if example.predicted > 0]
+    if len(kept) < len(found) or cut:
+        log.warning("examples_cut", left_out=len(found) - len(kept), cut=cut, of=len(found), seqlen=seqlen)
+    return kept
 
 
-def _chat_tokens(example: Chat, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _ids(texts: list[str], tokenizer: Any, *, special: bool) -> Iterator[list[int]]:
+    """Yield the tokens of each text, with the special tokens that the tokenizer adds, or without."""
+    yield from tokenizer(texts, verbose=False, add_special_tokens=special)["input_ids"] if texts else ()
+
+
+def _chat_parts(example: Chat, tokenizer: Any) -> tuple[str, str]:
+    """Return the prompt and the answer as the model's chat template writes them."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError("the model has no chat template: give examples with prompt and completion, not messages")
     messages = [message.model_dump() for message in example.messages]
@@ -161,13 +183,8 @@ def _chat_tokens(example: Chat, tokenizer: Any) -> tuple[list[int], list[int]]:
     except Exception as error:  # templates raise errors of their own for roles that they do not know
         raise DataError(f"the model's chat template refuses the messages: {error}") from error
     if not whole.startswith(asked):
-        raise DataError(
-            "the model's chat template changes the prompt when the answer is there: give prompt, completion"
-        )
-    prompt, answer = (
-        tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"] for text in (asked, whole[len(asked) :])
-    )
-    return prompt, answer
+        raise DataError("with the answer, the model's chat template changes the prompt: give prompt and completion")
+    return asked, whole[len(asked) :]
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:

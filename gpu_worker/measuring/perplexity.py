@@ -100,8 +100,9 @@ def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[t
     head's device, which may differ from the last layer's if the model is spread over several GPUs.
     """
     states, targets = hidden[:, :-1].flatten(0, 1), window[:, 1:].flatten()
-    if targets.device.type == "cpu" and not bool((which := targets >= 0).all()):
-        states, targets = states[which.to(states.device)], targets[which]
+    if targets.device.type == "cpu" and bool((targets < 0).any()):
+        where = (targets >= 0).nonzero()[:, 0]
+        states, targets = states.index_select(0, where.to(states.device)), targets[where]
     states = states.to(decoder.head.weight.device)
     targets = targets.to(states.device)
     rows = max(

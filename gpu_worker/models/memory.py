@@ -30,6 +30,8 @@ class Training:
     """Memory that fine-tuning with a recipe needs."""
 
     recipe: Recipe
+    teacher_bytes: int = 0
+    """Bytes of the weights of the model whose predictions are learnt. It runs before the activations are there."""
 
     @property
     def tokens(self) -> int:
@@ -44,7 +46,8 @@ class Training:
 
     def resident_bytes(self, shape: ModelShape, size: int) -> int:
         """Return the bytes kept during training in addition to the weights, for a dtype of `size` bytes."""
-        return self.parameters(shape) * (BYTES_PER_TRAINED_PARAMETER + (size if self.recipe.method == "lora" else 0))
+        each = BYTES_PER_TRAINED_PARAMETER + (size if self.recipe.method == "lora" else 0)
+        return self.teacher_bytes + self.parameters(shape) * each
 
     def activation_bytes(self, shape: ModelShape, size: int) -> int:
         """Return the bytes of activations that all layers keep for the backward pass, without logits."""
@@ -171,7 +174,8 @@ class MemoryEstimate:
     reconstruction: int = 0
     """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
     training_state: int = 0
-    """Data that fine-tuning keeps for trained parameters: fp32 copies, gradients and AdamW's moments."""
+    """Data that fine-tuning keeps beside the weights: for trained parameters fp32 copies, gradients and AdamW's
+    moments, and the weights of a teacher."""
     fit: Fit = "no"
     models: int = 1
     """Number of models loaded together."""

@@ -41,10 +41,18 @@ def text_in(folder: Path, copies: int = 40) -> str:
     return str(file)
 
 
+def other_text_in(folder: Path) -> str:
+    """A file of the same words in another order, to be measured on."""
+    file = folder / "measured.txt"
+    words = WORDS.split(" ")
+    file.write_text(" ".join(words[i * 5 % len(words)] for i in range(40 * len(words))))
+    return str(file)
+
+
 def request_of(folder: Path, out: Path, recipe: Recipe = QUICK, **changes: Any) -> FinetuneRequest:
-    """A request to fine-tune `folder` on WORDS, measured on the same."""
-    text = text_in(folder.parent)
-    return replace(FinetuneRequest(folder, text, recipe, out, eval_text=EvalText(text, 4, 32)), **changes)
+    """A request to fine-tune `folder` on WORDS, measured on another text of these words."""
+    text, measured = text_in(folder.parent), other_text_in(folder.parent)
+    return replace(FinetuneRequest(folder, text, recipe, out, eval_text=EvalText(measured, 4, 32)), **changes)
 
 
 def finetuned(folder: Path, out: Path, recipe: Recipe = QUICK, **changes: Any) -> FinetuneResult:

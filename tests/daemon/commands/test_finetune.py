@@ -17,7 +17,7 @@ from daemon.cli import main
 from gpu_worker.finetune import checkpoint as checkpoint_module
 from protocol.runtime.locks import try_lock
 from tests.support.cli import Cli
-from tests.support.finetunes import exported, text_in
+from tests.support.finetunes import exported, other_text_in, text_in
 from tests.support.root import ROOT
 
 STEPS = ["--max-steps", "20", "--epochs", "20", "--batch", "4", "--seqlen", "32", "--learning-rate", "0.01"]
@@ -141,7 +141,7 @@ def test_time_ends_it_after_a_step_at_least(folder: Path, tmp_path: Path, cli: C
 
 
 def test_its_folder_is_measured_again_by_its_card(folder: Path, tmp_path: Path, cli: Cli) -> None:
-    text = text_in(tmp_path)
+    text = other_text_in(tmp_path)
     perplexity = cli.answer(*arguments(folder, tmp_path / "out", "--eval-data", text))["finetuning"]["perplexity"]
     again = cli.answer("evaluate", tmp_path / "out", "--data", text)
     assert again["card_perplexity"] == pytest.approx(perplexity["after"])
@@ -150,7 +150,7 @@ def test_its_folder_is_measured_again_by_its_card(folder: Path, tmp_path: Path, 
 
 
 def test_people_get_a_table(folder: Path, tmp_path: Path, cli: Cli) -> None:
-    code, told, _ = cli.run(*arguments(folder, tmp_path / "out", "--max-steps", "2", "--eval-data", text_in(tmp_path)))
+    code, told, _ = cli.run(*arguments(folder, tmp_path / "out", "--max-steps", "2", "--eval-data", other_text_in(tmp_path)))
     assert code == 0 and "LoRA, r 8" in told and "perplexity" in told and "2 steps" in told
 
 

@@ -1,17 +1,23 @@
 """What fine-tuning learns from: Alpaca's form, or text; and what of it is predicted."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
+from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.loss import summed_loss
+from gpu_worker.finetune.overlap import shared_share
 from gpu_worker.measuring import corpora
 from gpu_worker.measuring.examples import Instruction
+from gpu_worker.measuring.windows import given
 from protocol.errors import DataError
 from protocol.results.finetuning import Recipe, form_of
+from tests.support.finetunes import exported, finetuned
 from tests.support.tiny_models import byte_tokenizer, tiny_llama, tiny_model
 
 ROWS = [{"instruction": "Add.", "input": "1 1", "output": "2"}, {"instruction": "Sing.", "output": "La", "text": "x"}]
@@ -135,3 +141,22 @@ def test_the_loss_of_a_batch_is_that_of_its_examples_one_by_one_with_the_gradien
         total += mean.item() * example.predicted
     assert summed_loss(model.decoder, data.examples).item() == pytest.approx(total, rel=1e-5)
     assert ours.allclose(weight.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_text_that_is_trained_on_is_not_measured(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "pruned")
+    document = "".join(random.Random(0).choices("abcdefgh ", k=4000))
+    train, test = written(tmp_path, "train.txt", document), written(tmp_path, "test.txt", f"other words, {document}")
+    with pytest.raises(DataError, match=r"9\d% of the evaluation text '.*test.txt' is also in the training data"):
+        finetuned(folder, tmp_path / "out", data=train, eval_text=EvalText(test, 4, 64))
+    parts = written(tmp_path, "a.txt", document[:2000]), written(tmp_path, "b.txt", document[2000:])
+    finetuned(folder, tmp_path / "out", data=parts[0], eval_text=EvalText(parts[1], 4, 64))
+
+
+def test_shared_passages_are_counted() -> None:
+    tokens = torch.randint(1000, (200,), generator=torch.Generator().manual_seed(0))
+    windows = torch.stack([tokens[:64], tokens[100:164]])
+    assert shared_share([tokens[:80]], windows) == 0.5
+    assert shared_share([tokens[:80]], given(windows)) == 0.5, "prompts count too"
+    assert shared_share([tokens[:20]], windows) == shared_share([], windows) == 0
+    assert shared_share([tokens], windows[:, :16]) == 0

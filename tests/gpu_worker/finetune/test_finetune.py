@@ -143,7 +143,7 @@ def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
         "LoRA (r 8, α 16, dropout 0.05)" in card
         and "windows of text from words.txt; 12 steps with batch size 4" in card
     )
-    assert f"perplexity {perplexity.before:.4g} before and {perplexity.after:.4g} after, on words.txt" in card
+    assert f"perplexity {perplexity.before:.4g} before and {perplexity.after:.4g} after, on measured.txt" in card
     assert "not retrained" not in card and "pruned and fine-tuned" in card and str(tmp_path) not in card
     assert "\n\n\n" not in card
     curve = json.loads((tmp_path / "out" / "finetune.json").read_text())
@@ -154,7 +154,7 @@ def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
 
 def test_a_report_text_is_measured_too_and_the_dense_figure_stays_on_equal_tokens(tmp_path: Path) -> None:
     folder = exported(tmp_path / "pruned")
-    text = str(tmp_path / "words.txt")
+    text = str(tmp_path / "measured.txt")
     report = EvalText(text, 3, 32)
     first = finetuned(folder, tmp_path / "out", report_text=report)
     told = first.finetuning.report_perplexity

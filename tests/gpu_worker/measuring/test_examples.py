@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import Tensor
 
 from gpu_worker.measuring.corpora import load_roles
@@ -132,6 +133,8 @@ def test_a_chat_is_told_by_the_template_of_the_model(tmp_path: Path) -> None:
         (({"messages": [{"role": "assistant"}]},), "has no 'messages.0.content'"),
         ((ROWS[0], 5), "line 2 of .* is not an object"),
         ((), "holds no examples"),
+        (({"prompt": "a", "completion": ""},), "line 1 of .* has an empty answer"),
+        (({"prompt": "\ud800", "completion": "b"},), "line 1 of .* is not text in UTF-8"),
         (({"prompt": "a" * 50, "completion": "b"},), "no answer of .* starts within 40 tokens: increase seqlen"),
         (ROWS[:3], r"is too short: its 3 examples are too few \(fitness: 6 windows of 40\); ask for fewer"),
     ],
@@ -139,3 +142,11 @@ def test_a_chat_is_told_by_the_template_of_the_model(tmp_path: Path) -> None:
 def test_what_holds_no_such_examples_is_refused(tmp_path: Path, rows: tuple[Any, ...], sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
         load({"fitness": TextSpec(source=write(tmp_path, *rows), windows=6, seqlen=40)})
+
+
+def test_examples_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
+    rows = [ROWS[0], {"prompt": "a" * 50, "completion": "b"}, {"prompt": "a", "completion": "b" * 99}]
+    with capture_logs() as logs:
+        windows = load({"fitness": TextSpec(source=write(tmp_path, *rows), windows=None, seqlen=40)})["fitness"]
+    assert len(windows) == 2
+    assert [(each["left_out"], each["cut"], each["of"]) for each in logs] == [(1, 1, 3)]
