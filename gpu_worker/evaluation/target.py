@@ -38,6 +38,7 @@ from gpu_worker.pruning.importance import (
     wanda_sp,
 )
 from gpu_worker.pruning.ordered_model import OrderedModel
+from gpu_worker.pruning.reconstruction import damping_for
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.errors import ModelError
 from protocol.plans.any_heads import AnyHeadsPlan
@@ -89,7 +90,9 @@ class Target:
                 self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
             self.ordered = OrderedModel(decoder, self.importance)
             if is_fitted(spec):
-                _reconstruct(self.ordered, found.products, progress, in_main_memory=self.model.fit_in_main_memory)
+                damping = damping_for(self.calibration.numel())
+                in_main_memory = self.model.fit_in_main_memory
+                _reconstruct(self.ordered, found.products, progress, damping=damping, in_main_memory=in_main_memory)
         except NotFiniteError as error:
             raise ModelError(f"the dense model is broken: {error}") from error
 
@@ -182,7 +185,7 @@ def _statistics(
 
 
 def _reconstruct(
-    ordered: OrderedModel, products: list[LayerProducts], progress: Progress, *, in_main_memory: bool
+    ordered: OrderedModel, products: list[LayerProducts], progress: Progress, *, damping: float, in_main_memory: bool
 ) -> None:
     """Prepare the reconstruction of every layer from the dense model's `products`, and free the products.
 
@@ -190,7 +193,8 @@ def _reconstruct(
     """
     products.reverse()
     for i in steps(progress, "preparing reconstruction", range(len(ordered.decoder.layers))):
-        ordered.fit(i, ordered.in_order(i, products.pop()), in_main_memory=in_main_memory)
+        each = ordered.in_order(i, products.pop())
+        ordered.fit(i, each, damping=damping, in_main_memory=in_main_memory)
 
 
 def score(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.pruning.calibration import LayerProducts
 from gpu_worker.pruning.importance import LayerImportance
-from gpu_worker.pruning.reconstruction import FittedColumns
+from gpu_worker.pruning.reconstruction import DAMPING, FittedColumns
 from protocol.plans.any_heads import AnyHeadsPlan
 from protocol.plans.plan import LayerPlan, Plan, dense_plan
 from protocol.plans.shape import LayerShape
@@ -117,11 +117,13 @@ class _OrderedLayer:
         """What the applied plan keeps: KV heads, and query heads per KV head. None if it must be applied again."""
         self._channels: int | None = None
 
-    def fit(self, products: LayerProducts, *, in_main_memory: bool) -> None:
+    def fit(self, products: LayerProducts, *, damping: float, in_main_memory: bool) -> None:
         """Reconstruct the kept columns from now on, using input `products` in the layer's order."""
-        where = {"in_main_memory": in_main_memory}
-        self._output = FittedColumns(self._output.stored, products.attention_output, **where)
-        self._down = FittedColumns(self._down.stored, products.mlp_output, **where)
+        output, down = self._output.stored, self._down.stored
+        self._output, self._down = (
+            FittedColumns(stored, inputs, damping=damping, in_main_memory=in_main_memory)
+            for stored, inputs in ((output, products.attention_output), (down, products.mlp_output))
+        )
         self._heads = self._channels = None
 
     def fit_error(self, plan: LayerPlan) -> float | None:
@@ -229,14 +231,17 @@ class OrderedModel:
         self._layers[layer] = self._ordered(layer, order)
         self._orders[layer] = order
 
-    def fit(self, layer: int, products: LayerProducts, *, in_main_memory: bool = False) -> None:
+    def fit(
+        self, layer: int, products: LayerProducts, *, damping: float = DAMPING, in_main_memory: bool = False
+    ) -> None:
         """Reconstruct decoder layer `layer` from now on when it is pruned (gpu_worker/pruning/reconstruction.py).
 
-        `products` are the layer's input products in its current order. A new order drops the fit. The matrices of the
+        `products` are the layer's input products in its current order, and `damping` is the ridge of the fit
+        (`damping_for`). A new order drops the fit. The matrices of the
         fit are kept on the layer's device, or `in_main_memory`.
         """
         with torch.no_grad():
-            self._layers[layer].fit(products, in_main_memory=in_main_memory)
+            self._layers[layer].fit(products, damping=damping, in_main_memory=in_main_memory)
 
     def in_order(self, layer: int, products: LayerProducts) -> LayerProducts:
         """Return the layer's input `products`, which are in the original order, in the layer's current order."""

@@ -6,8 +6,8 @@ the whole projection on the calibration text, as in SparseGPT (Frantar and Alist
 
     W'_k = argmin_V  E‖V·x_k − W·x‖² + λ·‖V − W_k‖²  =  W·G_:k·(G_kk)⁻¹,   G = E[x·xᵀ] + λ·I
 
-where x is the projection's input, k the kept columns, and λ the fraction `DAMPING` of the mean of E[x_j²]. The fit uses
-only the calibration text, trains nothing and adds no parameters.
+where x is the projection's input, k the kept columns, and λ a fraction of the mean of E[x_j²] (`damping_for`). The fit
+uses only the calibration text, trains nothing and adds no parameters.
 
 Columns are ordered by importance, so the kept columns are a prefix, and the Cholesky factor of a leading block of G is
 the leading block of G's factor. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both computed once,
@@ -24,8 +24,11 @@ from torch import Tensor
 from gpu_worker.models.errors import NotFiniteError
 
 DAMPING = 0.01
-"""λ as a fraction of the mean of E[x_j²]. A value ten times as large or as small changes SmolLM2's perplexity by a few
-percent."""
+"""λ as a fraction of the mean of E[x_j²], for little text."""
+DAMPING_TOKENS = 80
+"""With more text, λ is worth as many tokens. A ridge guards against noise, of which more text has less: with 65,000
+tokens, this lowers SmolLM2's perplexity by one percent at a rate of 0.3, and by two at 0.5
+(docs/lab-notes/reconstruction.md)."""
 
 MIN_MEAN_SQUARE = 1e-12
 """Lower bound of the mean in λ, so that λ is positive even if all inputs are always zero."""
@@ -34,15 +37,18 @@ MIN_MEAN_SQUARE = 1e-12
 class FittedColumns:
     """The columns of a linear layer in order of importance. If a plan removes some, the others get fitted weights."""
 
-    def __init__(self, stored: Tensor, products: Tensor, *, in_main_memory: bool = False) -> None:
+    def __init__(
+        self, stored: Tensor, products: Tensor, *, damping: float = DAMPING, in_main_memory: bool = False
+    ) -> None:
         """Prepare the fit.
 
         `stored` holds the columns as [pieces, ..., outputs]; pieces are KV heads or MLP channels, as in OrderedModel.
-        `products` is E[x·xᵀ] in the same order. With `in_main_memory`, the matrices of the fit are kept there, and what
-        a plan needs of them is copied to the device of `stored`. Raises NotFiniteError if the products are not finite.
+        `products` is E[x·xᵀ] in the same order, and `damping` the λ of the fit. With `in_main_memory`, the matrices of
+        the fit are kept there, and what a plan needs of them is copied to the device of `stored`. Raises NotFiniteError
+        if the products are not finite.
         """
         self.stored = stored
-        self._factor = factored(damped(products.to(stored.device)))
+        self._factor = factored(damped(products.to(stored.device), damping))
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
         if in_main_memory:
             self._factor, self._target = _in_main_memory(self._factor), _in_main_memory(self._target)
@@ -93,13 +99,18 @@ def _in_main_memory(matrix: Tensor) -> Tensor:
     return matrix.contiguous().cpu().pin_memory() if matrix.is_cuda else matrix.contiguous()
 
 
-def damped(products: Tensor) -> Tensor:
+def damping_for(tokens: int) -> float:
+    """Return λ, as a fraction of the mean of E[x_j²], for a fit to this number of calibration tokens."""
+    return min(DAMPING, DAMPING_TOKENS / tokens)
+
+
+def damped(products: Tensor, damping: float = DAMPING) -> Tensor:
     """Return G = E[x·xᵀ] + λ·I in fp32. Raises NotFiniteError if the products are not finite."""
     strength = products.diagonal().mean()
     if not strength.isfinite():
         raise NotFiniteError("the inputs of a projection are not finite on the calibration text")
     sums = products.float().clone()
-    sums.diagonal().add_(DAMPING * strength.clamp_min(MIN_MEAN_SQUARE))
+    sums.diagonal().add_(damping * strength.clamp_min(MIN_MEAN_SQUARE))
     return sums
 
 

@@ -11,6 +11,7 @@ from gpu_worker.pruning.calibration import ActivationHooks, ProductHooks, hooked
 from gpu_worker.pruning.importance import wanda_sp
 from gpu_worker.pruning.layerwise import LayerRun
 from gpu_worker.pruning.ordered_model import OrderedModel
+from gpu_worker.pruning.reconstruction import damping_for
 from protocol.plans.plan import Plan, dense_plan
 
 
@@ -37,7 +38,7 @@ def prune_sequentially(
             if reconstruct:
                 with hooked(ProductHooks, layer) as (product_hooks,):
                     run.visit(i)
-                ordered.fit(i, product_hooks.products())
+                ordered.fit(i, product_hooks.products(), damping=damping_for(windows.numel()))
             ordered.apply_layer(i, kept)
             ordered.drop_fit(i)  # the fits of all layers would take several times the model's memory
         if i + 1 < len(decoder.layers):

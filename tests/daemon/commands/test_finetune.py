@@ -150,7 +150,9 @@ def test_its_folder_is_measured_again_by_its_card(folder: Path, tmp_path: Path, 
 
 
 def test_people_get_a_table(folder: Path, tmp_path: Path, cli: Cli) -> None:
-    code, told, _ = cli.run(*arguments(folder, tmp_path / "out", "--max-steps", "2", "--eval-data", other_text_in(tmp_path)))
+    code, told, _ = cli.run(
+        *arguments(folder, tmp_path / "out", "--max-steps", "2", "--eval-data", other_text_in(tmp_path))
+    )
     assert code == 0 and "LoRA, r 8" in told and "perplexity" in told and "2 steps" in told
 
 

@@ -11,7 +11,7 @@ from gpu_worker.models.loading import LoadedModel
 from gpu_worker.pruning.calibration import calibrate_products
 from gpu_worker.pruning.importance import LayerImportance
 from gpu_worker.pruning.ordered_model import OrderedModel
-from gpu_worker.pruning.reconstruction import DAMPING, FittedColumns
+from gpu_worker.pruning.reconstruction import DAMPING, FittedColumns, damping_for
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.plans.spec import SearchSpec
 from tests.support.pruned_models import keep, logits_of, masked_logits, scores_of
@@ -64,8 +64,9 @@ def random_columns(*pieces: int, outputs: int = 5, tokens: int = 200) -> tuple[T
         pytest.param((3, 2, 4), (2, 1), id="fewer of both"),
     ],
 )
+@pytest.mark.parametrize("damping", [DAMPING, 0.1])
 def test_what_stays_is_the_ridge_solution_around_its_old_weights(
-    pieces: tuple[int, ...], counts: tuple[int, ...]
+    pieces: tuple[int, ...], counts: tuple[int, ...], damping: float
 ) -> None:
     stored, inputs = random_columns(*pieces)
     products = inputs.t() @ inputs / len(inputs)
@@ -74,11 +75,16 @@ def test_what_stays_is_the_ridge_solution_around_its_old_weights(
     where = kept.flatten()
     old = stored.flatten(0, -2)
     # The same by a library's least squares: rows of data, and below them rows that hold each weight where it was.
-    held = (len(inputs) * DAMPING * products.diagonal().mean()).sqrt() * torch.eye(int(where.sum()))
+    held = (len(inputs) * damping * products.diagonal().mean()).sqrt() * torch.eye(int(where.sum()))
     data, wanted = torch.cat([inputs[:, where], held]), torch.cat([inputs @ old, held @ old[where]])
     expected = torch.linalg.lstsq(data.double(), wanted.double()).solution
-    found = FittedColumns(stored, products).first(*counts)
+    found = FittedColumns(stored, products, damping=damping).first(*counts)
     assert torch.allclose(found.t().double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ridge_is_worth_as_many_tokens_whatever_the_text() -> None:
+    assert damping_for(100) == damping_for(8000) == DAMPING
+    assert [n * damping_for(n) for n in (16_000, 64_000, 1_000_000)] == pytest.approx([80, 80, 80])
 
 
 def test_where_all_stays_the_weight_is_the_old_one() -> None:
