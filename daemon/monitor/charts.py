@@ -184,7 +184,7 @@ def draw_front(front: Front) -> Drawing:
     for point in front.points:
         if point.best is not None and (value := of(point.best)) is not None:
             across = x(point.best.parameters.total_after / 1e6)
-            canvas.text(across, y(value) + 18, f"{point.rate:.0%} removed", anchor="middle", size=10)
+            canvas.text(across - 8, y(value) + 12, f"−{100 * point.rate:g} %", anchor="end", size=10)
     return canvas.drawing()
 
 
