@@ -83,8 +83,6 @@ Worse candidates are thus noisier and count less, because predictions must be ac
 STOPPED_STD = 0.05
 """Standard deviation of additional noise for a candidate that was stopped in its race, in units of the scale. Its
 fitness is estimated from a part of the windows, and some windows are easier than others."""
-MAX_ELSEWHERE = 100
-"""Maximum number of candidates of each search at another rate that are used, best first."""
 MAX_OUTCOMES = 500
 """Maximum number of measured candidates that are used, best first. With thousands, a prediction would take seconds."""
 
@@ -103,8 +101,7 @@ class Surrogate:
         self._dense = 0.0 if self._is_kl else math.log(view.profile.dense.perplexity)
         measured = view.measured[:MAX_OUTCOMES]
         stopped = [Member(tried.candidate, tried.fitness) for tried in view.recent if tried.stopped and tried.fitness]
-        elsewhere = [members[:MAX_ELSEWHERE] for members in view.at_other_rates]
-        members = (*measured, *stopped, *(member for group in elsewhere for member in group))
+        members = (*measured, *stopped, *(member for group in view.at_other_rates for member in group))
         shares = np.array([self._shares(member.candidate.plan) for member in members])
         rises = np.array([self.rise(member) for member in members])
         self._observed = self._inputs(shares.reshape(len(members), len(self._sizes)))
@@ -113,7 +110,7 @@ class Surrogate:
         self._weights: Array = np.zeros(0)
         self._inverse: Array = np.zeros((0, 0))
         if members:
-            counts = [len(measured) + len(stopped), *map(len, elsewhere)]
+            counts = [len(measured) + len(stopped), *map(len, view.at_other_rates)]
             lowest = np.concatenate([np.full(len(part), part.min(initial=np.inf)) for part in _split(rises, counts)])
             noise = (self._kernel.noise_std * self._scale) ** 2 + (NOISE_PER_RISE * (rises - lowest)) ** 2
             noise[len(measured) : counts[0]] += (STOPPED_STD * self._scale) ** 2

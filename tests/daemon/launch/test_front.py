@@ -97,6 +97,29 @@ def test_a_front_is_searched_shown_exported_and_resumed(config: Path, tmp_path: 
     refused[2] = "s-0.2"
     assert "holds no searches at several rates" in cli.error(*refused, 0.3)
 
+    assert "s has several rates: give --rate" in cli.error(*refused[:1], "--search", "s", *refused[3:-1])
+
+
+def test_budgets_are_shared_if_searches_learn_from_each_other(config: Path) -> None:
+    chosen = [f"target.rates={list(RATES)}", "search.max_tokens=900", "search.budget_hours=2"]
+    parts = load(config, chosen, several_rates=True).of_each_rate
+    assert [each.target.known_rate for each in parts] == list(RATES)
+    searches = [each.search for each in parts]
+    assert {(each.max_evaluations, each.max_tokens, each.budget_hours) for each in searches} == {(6, 450, 1.0)}
+    assert [each.learn_from for each in searches] == [(), ("s-0.2",), ("s-0.2", "s-0.3")]
+    alone = load(config, [*chosen, "search.proposer=evolution"], several_rates=True).of_each_rate
+    assert {(each.search.max_evaluations, each.search.learn_from) for each in alone} == {(12, ())}
+    whole = load(config, chosen, several_rates=True).as_one_search
+    assert (whole.search.planned, whole.target.known_rate, whole.target.rates) == (18, 0.2, ())
+
+
+def test_a_search_in_the_way_is_found_before_anything_is_searched(config: Path, tmp_path: Path, cli: Cli) -> None:
+    chosen = ["--set", f"run.folder={tmp_path}", "--set", "search.rounds=0", "--set", "target.rate=0.4"]
+    assert cli.run("run", config, *chosen, "--set", "search.name=s-0.4", "--set", "search.seed=1")[0] == 0
+    told = cli.error("run", config, *flags(tmp_path))
+    assert "s-0.4 holds a search with other settings (seed: 1 there, 0 here): give this front another" in told
+    assert not (tmp_path / "s-0.2").exists()
+
 
 def size(row: Any) -> int:
     return int(row.parameters.total_after)
@@ -106,6 +129,7 @@ def test_what_a_search_cannot_learn_from_is_refused(config: Path, tmp_path: Path
     alone = ["--set", f"run.folder={tmp_path}", "--set", "search.name=first", "--set", "search.rounds=0"]
     assert cli.run("run", config, *alone)[0] == 0
     second = [*alone, "--set", "search.name=second", "--set", "target.rate=0.4", "--set"]
+    assert "names other searches, each of them once" in cli.error("run", config, *second, "search.learn_from=[second]")
     assert "there is no search in the folder" in cli.error("run", config, *second, "search.learn_from=[other]")
     told = cli.error("run", config, *second, "search.learn_from=[first]", "--set", "search.seed=1")
     assert "the search first measured something else (seed: 0 there, 1 here)" in told
