@@ -1,5 +1,6 @@
 """Races: a candidate that is worse on the first windows is stopped there, and never counts as a whole measurement."""
 
+import json
 import math
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gpu_worker.evaluation.session import Session
 from protocol.errors import DataError, SettingsError
 from protocol.plans.candidate import Candidate, Measured, Outcome, Race, Stopped
 from protocol.plans.plan import dense_plan
-from protocol.plans.spec import SearchSpec
+from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
 from tests.support.conducted import Conducted, evaluating, evaluations
@@ -150,3 +151,17 @@ def test_a_text_with_no_more_windows_than_are_looked_at_first_is_refused(tmp_pat
         check_windows(settings(first_windows=4), 4)
     check_windows(settings(first_windows=4), 5)
     check_windows(settings(), 1)
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "kl"])
+def test_answers_of_different_lengths_race_by_all_their_tokens(spec: SearchSpec, tmp_path: Path, measure: str) -> None:
+    rows = [{"prompt": f"{i} is", "completion": "abcd " * (1 + 5 * (i % 2))} for i in range(8)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = TextSpec(source=str(tmp_path / "tasks.jsonl"), windows=8, seqlen=64)
+    session = Session(spec.model_copy(update={"measure": measure, "fitness": text}), sensitivity=False)
+    plan = spec.uniform_plan(session.shape)
+    whole = session.race(plan, Race(against=(), first_windows=2))
+    assert isinstance(whole, Measured) and len(whole.losses) == 8
+    assert whole.tokens == sum(len(row["completion"]) + 1 for row in rows)
+    wanted = math.log(whole.perplexity) if measure == "perplexity" else whole.kl
+    assert wanted and sum(whole.losses) / 8 == pytest.approx(wanted, rel=1e-4)
