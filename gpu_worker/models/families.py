@@ -62,6 +62,20 @@ FAMILIES: dict[str, Family] = {
         # Biases on query, key and value.
         Family(name="qwen2"),
         Family(name="qwen3", attention_extras=("input_layernorm", *_HEAD_NORMS)),
+        # Some layers do not rotate their heads.
+        Family(name="smollm3"),
+        Family(name="seed_oss"),
+        Family(name="ernie4_5"),
+        Family(
+            name="hunyuan_v1_dense",
+            attention_extras=("input_layernorm", "self_attn.query_layernorm", "self_attn.key_layernorm"),
+        ),
+        # Norms after each block only.
+        Family(
+            name="exaone4",
+            attention_extras=("post_attention_layernorm", *_HEAD_NORMS),
+            mlp_extras=("post_feedforward_layernorm",),
+        ),
         # Norms before and after each block.
         Family(
             name="gemma3_text",

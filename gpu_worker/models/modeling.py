@@ -43,6 +43,11 @@ MODELINGS = {
     "qwen3": Modeling(package="qwen3", title="A Qwen3", classes="Qwen3", sliding_flag=True),
     "gemma3_text": Modeling(package="gemma3", title="A Gemma 3", classes="Gemma3", text="Text", scaled_embedding=True),
     "phi3": Modeling(package="phi3", title="A Phi-3", classes="Phi3"),
+    "smollm3": Modeling(package="smollm3", title="A SmolLM3", classes="SmolLM3", sliding_flag=True),
+    "seed_oss": Modeling(package="seed_oss", title="A Seed-OSS", classes="SeedOss"),
+    "ernie4_5": Modeling(package="ernie4_5", title="An ERNIE 4.5", classes="Ernie4_5"),
+    "hunyuan_v1_dense": Modeling(package="hunyuan_v1_dense", title="A Hunyuan", classes="HunYuanDenseV1"),
+    "exaone4": Modeling(package="exaone4", title="An EXAONE 4", classes="Exaone4"),
 }
 """Modeling data by the `model_type` of the dense model."""
 
@@ -70,13 +75,18 @@ def module_name(model_type: str) -> str:
 def class_names(model_type: str) -> dict[str, str]:
     """Return the modeling file's classes by the auto class of transformers that loads them."""
     family = modeling_of(model_type)
-    pruned = f"Pruned{family.classes}{family.text}"
+    pruned = _pruned_prefix(family)
     return {
         "AutoConfig": f"{pruned}Config",
         # vLLM's Transformers backend loads this class.
         "AutoModel": f"{pruned}Model",
         "AutoModelForCausalLM": f"{pruned}ForCausalLM",
     }
+
+
+def _pruned_prefix(family: Modeling) -> str:
+    """Return the prefix of the modeling file's classes."""
+    return f"Pruned{family.classes}{family.text}".replace("_", "")
 
 
 def render_modeling(model_type: str) -> str:
@@ -102,7 +112,7 @@ def render_modeling(model_type: str) -> str:
         package=family.package,
         title=family.title,
         config=f"{prefix}{family.text}Config",
-        pruned=f"Pruned{prefix}{family.text}",
+        pruned=_pruned_prefix(family),
         model_type=PRUNED + model_type,
         sliding_flag=family.sliding_flag,
         # Fused attention splits its one projection by the number of heads in the config.

@@ -21,6 +21,11 @@ _CONFIGS: dict[str, Any] = {
     "qwen3": transformers.Qwen3Config,
     "gemma3_text": transformers.Gemma3TextConfig,
     "phi3": transformers.Phi3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "seed_oss": transformers.SeedOssConfig,
+    "ernie4_5": transformers.Ernie4_5Config,
+    "hunyuan_v1_dense": transformers.HunYuanDenseV1Config,
+    "exaone4": transformers.Exaone4Config,
 }
 _PECULIARITIES: dict[str, dict[str, Any]] = {
     # Windows shorter than the texts of the tests, so that they matter.
@@ -31,6 +36,13 @@ _PECULIARITIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "phi3": {"partial_rotary_factor": 0.5},
+    # The second of three layers does not rotate, and has a window.
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 9},
+    "seed_oss": {"attention_out_bias": False},
+    "exaone4": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 
