@@ -27,6 +27,9 @@ _CONFIGS: dict[str, Any] = {
     "hunyuan_v1_dense": transformers.HunYuanDenseV1Config,
     "exaone4": transformers.Exaone4Config,
 }
+LAYOUTS = ("exaone4", "gemma3_text", "llama", "phi3", "qwen2")
+"""One family for each way in which layers are built. Tests that do not depend on the computation of attention need no
+more: the others differ from `llama` in attention alone."""
 _PECULIARITIES: dict[str, dict[str, Any]] = {
     # Windows shorter than the texts of the tests, so that they matter.
     "mistral": {"sliding_window": 9},

@@ -14,7 +14,6 @@ from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
 from gpu_worker.models.errors import NotFiniteError
-from gpu_worker.models.families import FAMILIES
 from gpu_worker.models.loading import load_model
 from gpu_worker.models.machine import Machine
 from gpu_worker.models.memory import Training, Workload, estimate_memory
@@ -26,7 +25,7 @@ from protocol.results.finetuning import Recipe
 from protocol.results.formats import Destination, Format
 from tests.support.exports import UNEVEN, export, loaded_elsewhere, pruned
 from tests.support.finetunes import QUICK, exported, finetuned, logits_in, weights_in
-from tests.support.tiny_models import tiny_model, tiny_windows
+from tests.support.tiny_models import LAYOUTS, tiny_model, tiny_windows
 
 FULL = QUICK.model_copy(update={"method": "full", "learning_rate": 0.005})
 
@@ -34,7 +33,7 @@ FULL = QUICK.model_copy(update={"method": "full", "learning_rate": 0.005})
 @pytest.mark.parametrize(
     ("family", "fmt", "recipe"),
     [
-        *((family, "hf", QUICK) for family in sorted(FAMILIES)),
+        *((family, "hf", QUICK) for family in LAYOUTS),
         *((family, "padded", recipe) for family in ("llama", "phi3") for recipe in (QUICK, FULL)),
         ("llama", "hf", FULL),
     ],
@@ -54,7 +53,7 @@ def test_loss_and_perplexity_fall_and_the_folder_measures_what_was_told(
     assert result.formats == (fmt,) and not (tmp_path / "out.checkpoint").exists()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_merged_additions_compute_what_they_did_beside_the_weights(tmp_path: Path, family: str) -> None:
     model = load_model(str(exported(tmp_path / "pruned", family)), "float32")
     tokens = tiny_windows(2, 24)

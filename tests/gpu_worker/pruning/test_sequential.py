@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.models.families import FAMILIES
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import wanda_sp
@@ -11,7 +10,7 @@ from gpu_worker.pruning.ordered_model import OrderedModel, PlanMismatchError
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.plans.plan import Plan
 from tests.support.pruned_models import keep, logits_of, mask, scores_of
-from tests.support.tiny_models import tiny_llama, tiny_model, tiny_windows
+from tests.support.tiny_models import LAYOUTS, tiny_llama, tiny_model, tiny_windows
 
 PLAN = keep((2, 1, 20), (3, 2, 48), (1, 2, 7))
 TEXT = tiny_windows(3, 16, seed=1)
@@ -25,7 +24,7 @@ def slow_sequential_logits(model: LoadedModel, plan: Plan) -> Tensor:
     return logits_of(model)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_each_layer_is_scored_on_what_the_pruned_layers_below_it_compute(family: str) -> None:
     model, slow = tiny_model(family), tiny_model(family)
     prune_sequentially(OrderedModel(model.decoder, scores_of(model)), PLAN, TEXT)
@@ -62,7 +61,7 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_scored() -> None:
     assert torch.equal(logits_of(model), before)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_layer_by_layer_a_model_computes_what_it_does_at_once(family: str) -> None:
     model = tiny_model(family)
     run = LayerRun(model.decoder, TEXT)
