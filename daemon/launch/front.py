@@ -55,12 +55,14 @@ RunSearch = Callable[[Settings], tuple[Summary | None, Signals | None]]
 def run_front(settings: Settings, run_search: RunSearch) -> tuple[Front | None, Signals | None]:
     """Search for each rate of target.rates in turn, and write the front to the folder of their name after each.
 
-    A search that has ended before is not run again. Return the front, None if nothing is known yet, and the signal that
-    ended it, if one did. Raises SearchExistsError if a folder of the front holds a search with other settings.
+    A search that has proposed all its candidates is not run again. Return the front, None if nothing is known yet, and
+    the signal that ended it, if one did. Raises SearchExistsError if a folder holds a search that is not of this front.
     """
     summaries: list[Summary] = []
     front, interrupted = None, None
     parts = settings.of_each_rate
+    if saved_spec(settings.folder) is not None:
+        raise SearchExistsError(f"{settings.folder} holds a search at one rate: give this front another search.name")
     for each in parts:
         _check_free(each)
     for each in parts:
@@ -123,13 +125,14 @@ def read_front(folder: Path) -> Front:
 def request_at(folder: Path, front: Front, rate: float) -> PruningRequest:
     """Return the request for a rate between two of the front's: rates between those of their best candidates.
 
-    Raises UsageError if the front does not reach to this rate.
+    Raises SettingsError if the front does not reach to this rate.
     """
     points = [point for point in front.points if point.best is not None]
     below = [point for point in points if point.rate <= rate]
     above = [point for point in points if point.rate >= rate]
     if not below or not above:
-        raise SettingsError(f"--rate {rate:g} is not between {front.points[0].rate:g} and {front.points[-1].rate:g}")
+        known = [f"{point.rate:g}" for point in points]
+        raise SettingsError(f"--rate {rate:g} is not between two of the front's rates ({', '.join(known)})")
     low, high = (SearchRecord.read(folder.parent / point.search) for point in (below[-1], above[0]))
     share = (rate - low.spec.rate) / ((high.spec.rate - low.spec.rate) or 1.0)
     mixed = [(1 - share) * a + share * b for a, b in zip(_best_rates(low), _best_rates(high), strict=True)]

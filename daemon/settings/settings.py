@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -92,7 +92,7 @@ class Settings(BaseSettings):
                     "search": search.model_copy(
                         update={
                             "name": check_search_name(name),
-                            "learn_from": (*search.learn_from, *names[:number]) if learns else (),
+                            "learn_from": _others(name, (*search.learn_from, *names[:number])) if learns else (),
                             "max_evaluations": evaluations,
                             "max_tokens": search.max_tokens and math.ceil(share * search.max_tokens),
                             "budget_hours": search.budget_hours and share * search.budget_hours,
@@ -127,6 +127,11 @@ class Settings(BaseSettings):
     def folder(self) -> Path:
         """The folder of this search."""
         return self.run.folder / self.search.name
+
+
+def _others(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of other searches, each once."""
+    return tuple(dict.fromkeys(other for other in names if other != name))
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Prepares the model of one search, measures the dense model, and then measures the model pruned to any plan."""
 
 import math
-import statistics
 import time
 from itertools import accumulate
 from typing import Any
@@ -110,7 +109,8 @@ class Session:
         }
         losses = seen.fitness() if race else []
         if race is not None and race.is_lost(losses):
-            behind = statistics.fmean(loss - other for loss, other in zip(losses, race.against, strict=False))
+            apart = math.fsum(loss - other for loss, other in zip(losses, race.against, strict=False))
+            behind = apart * starts[-1] / len(windows) / seen.tokens
             return Stopped(behind=behind, windows=len(losses), of_windows=len(windows), **figures)
         return Measured(losses=tuple(losses), **figures)
 

@@ -16,20 +16,24 @@ MOST_SHARED = 0.05
 
 
 def shared_share(trained: Sequence[Tensor], windows: Tensor) -> float:
-    """Return the share of the passages of `windows` (long, [n, seqlen]) that are in `trained` (each long, [length])."""
+    """Return the share of the passages of `windows` (long, [n, seqlen]) that are in `trained` (each long, [length]).
+
+    Passages that do not end at a predicted token do not count: prompts may be alike.
+    """
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (PASSAGE,), generator=generator)
 
     def hashes(tokens: Tensor) -> Tensor:
         # Integers overflow without harm: equal passages have equal sums.
-        return (tokens.unfold(-1, PASSAGE, 1) * factors).sum(-1).flatten()
+        return (tokens.unfold(-1, PASSAGE, 1) * factors).sum(-1)
 
     if windows.shape[1] < PASSAGE:
         return 0.0
     known = [hashes(tokens) for tokens in trained if len(tokens) >= PASSAGE]
-    if not known:
+    measured = hashes(token_ids(windows))[windows[:, PASSAGE - 1 :] >= 0]
+    if not known or not len(measured):
         return 0.0
-    return torch.isin(hashes(token_ids(windows)), torch.cat(known)).double().mean().item()
+    return torch.isin(measured, torch.cat(known)).double().mean().item()
 
 
 def check_apart(trained: Sequence[Tensor], windows: Tensor, text: str) -> None:

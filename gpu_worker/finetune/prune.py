@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_worker.evaluation.texts import check_length
+from gpu_worker.evaluation.texts import check_length, read_texts
 from gpu_worker.export import disk_space
 from gpu_worker.export.card_measurement import measurement_of
 from gpu_worker.export.export import export_once
@@ -19,6 +19,7 @@ from gpu_worker.finetune.checkpoint import Checkpoint, check_finetuning_disk, fo
 from gpu_worker.finetune.data import prepare_data, read_instructions
 from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.finetune import FinetuneRequest, check_memory, finetune_once
+from gpu_worker.finetune.overlap import check_apart
 from gpu_worker.finetune.prune_records import (
     Goal,
     Tuning,
@@ -33,12 +34,13 @@ from gpu_worker.finetune.prune_records import (
 )
 from gpu_worker.finetune.training import Limits
 from gpu_worker.llama_cpp.check import check_gguf_runs
+from gpu_worker.measuring.corpora import SELF
 from gpu_worker.models.loading import LoadedModel, load_without_weights
-from gpu_worker.progress import Progress
+from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError, SelfPrunerError
 from protocol.plans.allocation import PruningRequest
 from protocol.plans.shape import ModelShape
-from protocol.plans.spec import TextSpec
+from protocol.plans.spec import Role, TextSpec
 from protocol.results.commands import ExportResult, FinetuneResult, PruneResult, SearchSummary
 from protocol.results.formats import FACTS, SAVED_TEXT, Destination, Formats
 
@@ -78,7 +80,12 @@ def check_before_search(goal: Goal) -> tuple[Goal, Written | None]:
             _check_memory(goal, goal.tuning, model)
         check_length(model, goal.tuning.recipe.seqlen)
         instructions = read_instructions(goal.tuning.data, goal.tuning.recipe)
-        prepare_data(goal.tuning.data, instructions, model, goal.tuning.recipe)
+        data = prepare_data(goal.tuning.data, instructions, model, goal.tuning.recipe)
+        for text in (goal.spec.fitness, goal.spec.report):
+            if text is not None and text.source != SELF:
+                alone: dict[Role, TextSpec] = {"fitness": text.model_copy(update={"windows": None})}
+                windows = read_texts(model, alone, goal.spec.seed, no_progress)["fitness"]
+                check_apart([example.tokens for example in data.examples], windows, text.source)
     return goal, before
 
 

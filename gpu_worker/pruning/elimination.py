@@ -8,7 +8,8 @@ fitting the remaining columns by least squares increases the mean squared error 
 
 (Hassibi and Stork, 1993; for whole structures ZipLM, Kurtic et al., 2023). Each step removes the pieces with the lowest
 ε, and computes W and G⁻¹ again for the remaining pieces. The score of a piece is its place in the order of removal.
-Unlike sums over columns (Wanda-sp), these scores account for pieces that replace each other.
+Unlike sums over columns (Wanda-sp), these scores account for pieces that replace each other. λ is `DAMPING` for any
+text; the fit has less with much text.
 """
 
 import torch

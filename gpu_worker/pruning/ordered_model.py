@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.pruning.calibration import LayerProducts
 from gpu_worker.pruning.importance import LayerImportance
-from gpu_worker.pruning.reconstruction import DAMPING, FittedColumns
+from gpu_worker.pruning.reconstruction import FittedColumns
 from protocol.plans.any_heads import AnyHeadsPlan
 from protocol.plans.plan import LayerPlan, Plan, dense_plan
 from protocol.plans.shape import LayerShape
@@ -231,9 +231,7 @@ class OrderedModel:
         self._layers[layer] = self._ordered(layer, order)
         self._orders[layer] = order
 
-    def fit(
-        self, layer: int, products: LayerProducts, *, damping: float = DAMPING, in_main_memory: bool = False
-    ) -> None:
+    def fit(self, layer: int, products: LayerProducts, *, damping: float, in_main_memory: bool = False) -> None:
         """Reconstruct decoder layer `layer` from now on when it is pruned (gpu_worker/pruning/reconstruction.py).
 
         `products` are the layer's input products in its current order, and `damping` is the ridge of the fit

@@ -126,7 +126,8 @@ class Measured(_Figures):
 
     kind: Literal["measured"] = "measured"
     losses: tuple[float, ...] = ()
-    """Mean negative log-likelihood or divergence per window, in nats per token; empty without a race."""
+    """Negative log-likelihood or divergence of each window in nats, divided by the mean number of predicted tokens per
+    window; empty without a race. Their mean is the mean over all tokens."""
 
     @property
     def fitness(self) -> float:

@@ -93,7 +93,7 @@ def test_a_front_is_searched_shown_exported_and_resumed(config: Path, tmp_path: 
         assert kept is None or told["perplexity"] == pytest.approx(kept.perplexity, rel=1e-5)
 
     refused = ["export", "--search", "s", "--folder", tmp_path, "--out", tmp_path / "no", "--rate"]
-    assert "--rate 0.5 is not between 0.2 and 0.4" in cli.error(*refused, 0.5)
+    assert "--rate 0.5 is not between two of the front's rates (0.2, 0.3, 0.4)" in cli.error(*refused, 0.5)
     refused[2] = "s-0.2"
     assert "holds no searches at several rates" in cli.error(*refused, 0.3)
 
@@ -107,6 +107,8 @@ def test_budgets_are_shared_if_searches_learn_from_each_other(config: Path) -> N
     searches = [each.search for each in parts]
     assert {(each.max_evaluations, each.max_tokens, each.budget_hours) for each in searches} == {(6, 450, 1.0)}
     assert [each.learn_from for each in searches] == [(), ("s-0.2",), ("s-0.2", "s-0.3")]
+    more = load(config, [*chosen, "search.learn_from=[s-0.2, other]"], several_rates=True).of_each_rate
+    assert [each.search.learn_from for each in more] == [("other",), ("s-0.2", "other"), ("s-0.2", "other", "s-0.3")]
     alone = load(config, [*chosen, "search.proposer=evolution"], several_rates=True).of_each_rate
     assert {(each.search.max_evaluations, each.search.learn_from) for each in alone} == {(12, ())}
     whole = load(config, chosen, several_rates=True).as_one_search
@@ -119,6 +121,9 @@ def test_a_search_in_the_way_is_found_before_anything_is_searched(config: Path, 
     told = cli.error("run", config, *flags(tmp_path))
     assert "s-0.4 holds a search with other settings (seed: 1 there, 0 here): give this front another" in told
     assert not (tmp_path / "s-0.2").exists()
+    assert cli.run("run", config, *chosen)[0] == 0
+    told = cli.error("run", config, *flags(tmp_path, "search.seed=1"))
+    assert told.endswith("s holds a search at one rate: give this front another search.name")
 
 
 def size(row: Any) -> int:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from gpu_worker.evaluation.features import measure_features
 from gpu_worker.pruning.calibration import calibrate_products
 from gpu_worker.pruning.ordered_model import OrderedModel
-from gpu_worker.pruning.reconstruction import damped
+from gpu_worker.pruning.reconstruction import DAMPING, damped
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import Granularity
 from protocol.plans.single_unit_pruning import single_unit_plan
@@ -46,7 +46,7 @@ def test_the_fits_error_is_the_energy_that_the_fitted_outputs_lack(
     products = list(calibrate_products(model.decoder, WINDOWS)[1])
     ordered = OrderedModel(model.decoder, scores_of(model))
     for i, each in enumerate(products):
-        ordered.fit(i, ordered.in_order(i, each))
+        ordered.fit(i, ordered.in_order(i, each), damping=DAMPING)
     found = measure_features(ordered, scores_of(model), spec, WINDOWS)["fit_error"]
     for unit, error in zip(model.decoder.shape.units(granularity), found, strict=True):
         layer = model.decoder.layers[unit.layer]
@@ -93,7 +93,7 @@ def test_a_block_that_computes_nothing_loses_nothing() -> None:
         linear.weight.data.zero_()
     ordered = OrderedModel(model.decoder, scores_of(model))
     for i, each in enumerate(calibrate_products(model.decoder, WINDOWS)[1]):
-        ordered.fit(i, ordered.in_order(i, each))
+        ordered.fit(i, ordered.in_order(i, each), damping=DAMPING)
     found = measure_features(ordered, scores_of(model), spec, WINDOWS)["fit_error"]
     assert found[2:4] == (0.0, 0.0) and all(found[:2])
 

@@ -157,6 +157,10 @@ def test_shared_passages_are_counted() -> None:
     tokens = torch.randint(1000, (200,), generator=torch.Generator().manual_seed(0))
     windows = torch.stack([tokens[:64], tokens[100:164]])
     assert shared_share([tokens[:80]], windows) == 0.5
-    assert shared_share([tokens[:80]], given(windows)) == 0.5, "prompts count too"
+    alike = torch.cat([given(windows[:, :32]), windows[:, 32:]], dim=1)
+    assert shared_share([tokens[:32], tokens[100:132]], alike) == 0, "the prompts alone"
+    assert shared_share([tokens[:80]], alike) == 0.5
+    filled = torch.cat([windows, given(torch.zeros(2, 500, dtype=torch.long))], dim=1)
+    assert shared_share([tokens[:80], torch.zeros(99, dtype=torch.long)], filled) == 0.5, "not what fills a window up"
     assert shared_share([tokens[:12]], windows) == shared_share([], windows) == 0
     assert shared_share([tokens], windows[:, :12]) == 0

@@ -25,7 +25,7 @@ def fitted(model: LoadedModel, importance: Sequence[LayerImportance] | None = No
     """The model with reconstruction for all its layers."""
     ordered = OrderedModel(model.decoder, importance or scores_of(model))
     for i, products in enumerate(calibrate_products(model.decoder, CALIBRATION)[1]):
-        ordered.fit(i, products)
+        ordered.fit(i, products, damping=DAMPING)
     return ordered
 
 
