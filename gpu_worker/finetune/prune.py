@@ -81,10 +81,11 @@ def check_before_search(goal: Goal) -> tuple[Goal, Written | None]:
         check_length(model, goal.tuning.recipe.seqlen)
         instructions = read_instructions(goal.tuning.data, goal.tuning.recipe)
         data = prepare_data(goal.tuning.data, instructions, model, goal.tuning.recipe)
-        for text in (goal.spec.fitness, goal.spec.report):
+        measured: dict[Role, TextSpec | None] = {"fitness": goal.spec.fitness, "report": goal.spec.report}
+        for role, text in measured.items():
             if text is not None and text.source != SELF:
-                alone: dict[Role, TextSpec] = {"fitness": text.model_copy(update={"windows": None})}
-                windows = read_texts(model, alone, goal.spec.seed, no_progress)["fitness"]
+                alone = {role: text.model_copy(update={"windows": None})}
+                windows = read_texts(model, alone, goal.spec.seed, no_progress)[role]
                 check_apart([example.tokens for example in data.examples], windows, text.source)
     return goal, before
 
