@@ -76,5 +76,5 @@ def seed_allocation(seed: str) -> Allocation:
         return Allocation(method="rule", rule=read_rule(seed.removeprefix(PREFIX).strip()))
     known = [method for method in get_args(Method) if method != "mip"]  # a search does not measure so many sizes
     if seed not in known:
-        raise ValueError(f"{seed!r} is no allocation of a search: give {', '.join(known)} or rule:NAME")
+        raise ValueError(f"{seed!r} is no allocation: give {', '.join(known)} or rule:NAME")
     return Allocation(method=seed)

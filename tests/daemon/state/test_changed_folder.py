@@ -116,8 +116,9 @@ async def test_what_others_remove_or_change_is_noticed_and_written_anew(
     if attack != "writes garbage":
         assert [json.dumps(line["messages"]) for line in lines_of(folder / "transcript.jsonl")] == asked
     logged = lines_of(folder / "log.jsonl")
-    told = [line for line in logged if line["event"] in ("folder_changed", "folder_not_written")]
-    assert {line["event"] for line in told} == {"folder_changed"}
+    told = [line for line in logged if line["event"] == "folder_changed"]
+    if attack not in ("removes the folder", "moves the folder"):  # in that moment, a write may find no folder
+        assert "folder_not_written" not in {line["event"] for line in logged}
     names = [name for line in told for name in line["files"]]
     assert set(names) == set(FILES) and len(told) <= len(FILES)
     if attack.startswith(("removes", "moves")):  # it takes a moment, in which the daemon may look at its files
