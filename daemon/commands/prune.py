@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +31,7 @@ from protocol.runtime.paths import check_model, expanded
 from protocol.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
+    from daemon.launch.front import RunSearch
     from gpu_worker.finetune.prune import Finished
     from gpu_worker.finetune.prune_records import Tuning
 
@@ -120,14 +120,12 @@ def prune(
         name_charts(settings)
 
 
-RunSearch = Callable[[Settings], tuple[Summary | None, Signals | None]]
-"""Runs a search to its end, or until a signal comes."""
 ShowProgress = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
 """Returns a context in which models run; its value is called with the progress of stages."""
 
 
 def make_smaller(
-    settings: Settings, destination: Destination, tuning: "Tuning | None", run_search: RunSearch, show: ShowProgress
+    settings: Settings, destination: Destination, tuning: "Tuning | None", run_search: "RunSearch", show: ShowProgress
 ) -> PruneResult:
     """Search for the best rates, export the pruned model, fine-tune it if asked, and check it.
 
@@ -254,7 +252,7 @@ def _tuning(given: FinetuneFlags, destination: Destination, settings: Settings) 
     return Tuning(data, recipe, given.finetune_minutes)
 
 
-def _searched(settings: Settings, run_search: RunSearch) -> tuple[PruningRequest, Summary, SearchSummary]:
+def _searched(settings: Settings, run_search: "RunSearch") -> tuple[PruningRequest, Summary, SearchSummary]:
     """Run or resume the search; return its best candidate as a request, its summary, and what its export says of it."""
     summary, interrupted = run_search(settings)
     if interrupted is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from daemon.monitor.summary import WEAK_BASELINE, Row, Summary
+from daemon.monitor.summary import WEAK_BASELINE, Row, Summary, number
 from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import Dtype, Measure, Reconstruction
 from protocol.plans.value import Value
@@ -106,7 +106,7 @@ def _table(front: Front) -> Table:
     def figures(row: Row) -> list[str]:
         shown = [(row.kl, 4)] if front.fitness == "kl" else []
         shown += [(row.perplexity, 2), *([(row.report_perplexity, 2)] if has_report else [])]
-        return [_number(figure, digits) for figure, digits in shown]
+        return [number(figure, digits) for figure, digits in shown]
 
     dense = front.dense
     table.add_row("dense", _millions(dense.parameters.total_before), "–", "–", *figures(dense), "–")
@@ -116,9 +116,7 @@ def _table(front: Front) -> Table:
             continue
         baseline = point.uniform.report_perplexity if has_report else point.uniform.perplexity
         size = _millions(point.best.parameters.total_after), f"{point.weight_bytes / 1e6:,.0f} MB"
-        table.add_row(
-            f"{100 * point.rate:g} %", *size, _number(point.ratio, 3), *figures(point.best), _number(baseline)
-        )
+        table.add_row(f"{100 * point.rate:g} %", *size, number(point.ratio, 3), *figures(point.best), number(baseline))
     return table
 
 
@@ -139,7 +137,3 @@ def _lines(front: Front) -> list[str]:
 
 def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:,.1f} M"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"

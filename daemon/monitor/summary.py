@@ -209,8 +209,8 @@ def lines_of(summary: Summary) -> list[Line]:
             continue
         own = columns[0].of(row)
         ratio = own / uniform if own is not None and uniform and row is not summary.dense else None
-        figures = tuple(_number(column.of(row), column.digits) for column in columns)
-        found.append(Line(name, _number(ratio, 3), figures, f"{row.parameters.total_after / 1e6:,.1f} M"))
+        figures = tuple(number(column.of(row), column.digits) for column in columns)
+        found.append(Line(name, number(ratio, 3), figures, f"{row.parameters.total_after / 1e6:,.1f} M"))
     return found
 
 
@@ -272,5 +272,6 @@ def _without_gain(summary: Summary) -> list[str]:
     return [NOTHING_GAINED]
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a figure for a table; a dash if it was not measured."""
     return "–" if value is None else f"{value:,.{digits}f}"

@@ -24,7 +24,7 @@ from gpu_worker.finetune.eval_texts import (
 )
 from gpu_worker.finetune.loss import Teacher
 from gpu_worker.finetune.output import write_output
-from gpu_worker.finetune.overlap import check_apart
+from gpu_worker.finetune.overlap import check_overlap
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import Limits, TrainingSetup, mean_losses, steps_of, train
 from gpu_worker.measuring.corpora import windows_digest
@@ -97,7 +97,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         data = prepare_data(request.data, instructions, model, recipe)
         eval_tokens = load_eval_texts(exported, model, request.asked)
         for each in eval_tokens.values():
-            check_apart([example.tokens for example in data.examples], each.windows, each.text.source)
+            check_overlap([example.tokens for example in data.examples], each.windows, each.text.source)
         checkpoint = Checkpoint(folder_beside(out), _decisive(request, taught_by, data, dtype))
         start = checkpoint.read() or State([], {})
         before = measure(model, eval_tokens, progress, "measuring before")

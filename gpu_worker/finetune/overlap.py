@@ -36,7 +36,7 @@ def shared_share(trained: Sequence[Tensor], windows: Tensor) -> float:
     return torch.isin(measured, torch.cat(known)).double().mean().item()
 
 
-def check_apart(trained: Sequence[Tensor], windows: Tensor, text: str) -> None:
+def check_overlap(trained: Sequence[Tensor], windows: Tensor, text: str) -> None:
     """Raise DataError if `windows` of the evaluation `text` are trained on."""
     share = shared_share(trained, windows)
     if share > MOST_SHARED:

@@ -19,7 +19,7 @@ from gpu_worker.finetune.checkpoint import Checkpoint, check_finetuning_disk, fo
 from gpu_worker.finetune.data import prepare_data, read_instructions
 from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.finetune import FinetuneRequest, check_memory, finetune_once
-from gpu_worker.finetune.overlap import check_apart
+from gpu_worker.finetune.overlap import check_overlap
 from gpu_worker.finetune.prune_records import (
     Goal,
     Tuning,
@@ -86,7 +86,7 @@ def check_before_search(goal: Goal) -> tuple[Goal, Written | None]:
             if text is not None and text.source != SELF:
                 alone = {role: text.model_copy(update={"windows": None})}
                 windows = read_texts(model, alone, goal.spec.seed, no_progress)[role]
-                check_apart([example.tokens for example in data.examples], windows, text.source)
+                check_overlap([example.tokens for example in data.examples], windows, text.source)
     return goal, before
 
 
